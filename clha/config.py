@@ -1,0 +1,422 @@
+"""The typed settings tree behind pipelines.yaml: profiles, `--set`, and errors that name the nearest known key.
+
+Fields marked `execution(...)` say how the work is done, not what comes out: they are not part of any key.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from clha.errors import UserError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+def execution(default: Any, **limits: Any) -> Any:
+    """A field that must not change results and therefore stays out of the key."""
+    return Field(default, json_schema_extra={"execution": True}, **limits)
+
+
+class Group(BaseModel):
+    """A group of settings: unknown keys are errors, values cannot be changed after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def key_settings(self, *without: str) -> dict[str, Any]:
+        """The settings that belong to a key, as plain JSON values; `without` names fields to leave out."""
+        out: dict[str, Any] = {}
+        for name, field in type(self).model_fields.items():
+            extra = field.json_schema_extra
+            if name in without or (isinstance(extra, dict) and extra.get("execution")):
+                continue
+            value = getattr(self, name)
+            if isinstance(value, Group):
+                out[name] = value.key_settings()
+            else:
+                out[name] = self.model_dump(mode="json", include={name})[name]
+        return out
+
+
+class Policy(Group):
+    """The language model that is aligned."""
+
+    model: str
+    chat_template: Literal["model", "hh"] = "model"
+
+
+class Splits(Group):
+    """Shares of the splits. `reward_*` take preference pairs only; the rest is divided among train, dev and test."""
+
+    train: Share = 0.6
+    dev: Share = 0.1
+    test: Share = 0.3
+    reward_train: Share = 0.3
+    reward_eval: Share = 0.3
+
+    @model_validator(mode="after")
+    def _sums(self) -> "Splits":
+        if abs(self.train + self.dev + self.test - 1) > 1e-9:
+            raise ValueError("train + dev + test must be 1")
+        if self.reward_train + self.reward_eval >= 1:
+            raise ValueError("reward_train + reward_eval must be below 1: they are taken off before the others")
+        return self
+
+
+class Limits(Group):
+    """At most so many prompts of each split, chosen by the digest of their id; null: all."""
+
+    train: Positive | None = None
+    dev: Positive | None = None
+    test: Positive | None = None
+    reward_train: Positive | None = None
+    reward_eval: Positive | None = None
+
+
+class Prepare(Group):
+    """Where prompts and preference pairs come from."""
+
+    source: Literal["hh_rlhf", "chat_jsonl", "trl", "datasets"]
+    path: str | list[str] = execution(...)  # the content enters the key by its digest, the place does not
+    subset: str | None = None  # the configuration of a Hub dataset, or the subset name of rows without one
+    hub_split: str = "train"
+    revision: str | None = None
+    splits: Splits = Splits()
+    split_seed: int = 0
+    limits: Limits = Limits()
+    max_quarantined: Share = 0.1
+
+
+class RewardFit(Group):
+    """A Bradley-Terry head on the frozen features of an encoder, fitted on the pairs of one split."""
+
+    encoder: str = execution(...)  # enters the key by the digest of its files
+    layer: int | None = None  # hidden layer whose states are pooled; null: the last
+    pooling: Literal["response_mean", "mean"] = "response_mean"
+    max_tokens: Positive = 512
+    l2: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    folds: Annotated[int, Field(ge=2)] = 5
+    sft_quantile: Share = 0.25
+    seed: int = 0
+    tokens_per_batch: Positive = execution(4096)
+
+
+class FitReward(Group):
+    """The reward model that rescoring uses and the one that only evaluation ever sees."""
+
+    train: RewardFit
+    eval: RewardFit
+
+
+class RewardModel(Group):
+    """A reward model: `fitted` is what fit_reward makes."""
+
+    type: Literal["fitted", "sequence_classification"] = "fitted"
+    model: str | None = execution(None)
+    max_tokens: Positive = 1024
+    dtype: DType = "float32"
+    tokens_per_batch: Positive = execution(4096)
+
+    @model_validator(mode="after")
+    def _model(self) -> "RewardModel":
+        if (self.type == "fitted") != (self.model is None):
+            raise ValueError("model must be given for every type but `fitted`, and only there")
+        return self
+
+
+class Engine(Group):
+    """vLLM: in the stage's own process, or a server that speaks the OpenAI protocol."""
+
+    mode: Literal["in_process", "server"] = "in_process"
+    url: str | None = execution(None)  # of the server, e.g. http://127.0.0.1:8000/v1; the key from VLLM_API_KEY
+    dtype: DType = "float32"
+    max_model_len: Positive = 1024
+    # Passed to vLLM by name: tensor_parallel_size, gpu_memory_utilization, ...
+    args: dict[str, Any] = Field(default_factory=dict)
+    max_concurrency: Positive = execution(32)  # requests under way at a server
+
+    @model_validator(mode="after")
+    def _url(self) -> "Engine":
+        if self.mode == "server" and not self.url:
+            raise ValueError("url must be given when mode is server")
+        for name in ("model", "tokenizer", "dtype", "max_model_len", "trust_remote_code"):
+            if name in self.args:
+                raise ValueError(f"args.{name} is not yours to set here")
+        return self
+
+
+class Generate(Group):
+    """Candidates for every prompt of train and dev."""
+
+    n: Positive = 4
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_tokens: Positive = 128
+    max_prompt_tokens: Positive = 384
+    stop: list[str] = []
+    seed: int = 0
+    include: list[Literal["chosen", "rejected"]] = []
+    shard_size: Positive = 64
+    engine: Engine = Engine()
+    max_quarantined: Share = 0.1
+
+
+class Noise(Group):
+    """How rewards become pair weights."""
+
+    method: Literal["reference", "quantile", "none"] = "reference"
+    gap: Annotated[float, Field(ge=0)] = 3.0
+    quantile: Share = 0.25
+
+
+class Rescore(Group):
+    """Rewards of all candidates, and the weights that follow from them."""
+
+    reward: RewardModel = RewardModel()
+    shard_size: Positive = 1024
+    rank_by: Literal["reward", "label"] = "reward"
+    noise: Noise = Noise()
+    sft_threshold: float | Literal["fitted"] = 0.0
+    max_quarantined: Share = 0.1
+
+
+class Train(Group):
+    """CLHA training."""
+
+    margin: Annotated[float, Field(ge=0)] = 3.0
+    sft_weight: Annotated[float, Field(ge=0)] = 0.05
+    batch_prompts: Positive = 4
+    tokens_per_micro_batch: Positive = execution(4096)
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    max_steps: Positive | None = None
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-6
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    seed: int = 42
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    save_dtype: DType = "float32"
+    logging_steps: Positive = 1
+    eval_steps: Positive | None = None
+    checkpoint_steps: Positive = execution(25)
+    logprob_tolerance: Annotated[float, Field(gt=0)] = 0.05
+
+
+class Evaluate(Group):
+    """Answers of both policies to the test prompts, judged by a reward model that training never saw."""
+
+    max_tokens: Positive = 128
+    stop: list[str] = []
+    reward: RewardModel = RewardModel()
+    resamples: Positive = 10_000
+    tie: Annotated[float, Field(ge=0)] = 0.0
+    seed: int = 0
+    shard_size: Positive = 64
+
+
+class Execution(Group):
+    """How the chain is run."""
+
+    timeout_minutes: Annotated[float, Field(gt=0)] = execution(720)
+    retries: Annotated[int, Field(ge=0)] = execution(1)
+    retry_delay_seconds: Annotated[float, Field(ge=0)] = execution(10)
+    min_free_disk_gb: Annotated[float, Field(ge=0)] = execution(5)
+    threads: Positive | None = execution(None)  # CPU threads of a stage; null: all cores
+
+
+class Schedule(Group):
+    """When `clha deploy` starts the chain, and what is new each time."""
+
+    cron: str = execution("0 3 * * *")
+    timezone: str = execution("UTC")
+    fresh: list[Literal["data", "seed"]] = execution(["data"])
+
+
+class Settings(Group):
+    """Everything that a run does; one profile of pipelines.yaml with `--set` applied."""
+
+    policy: Policy
+    prepare: Prepare
+    fit_reward: FitReward | None = None
+    generate: Generate = Generate()
+    rescore: Rescore = Rescore()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    execution: Execution = Execution()
+    schedule: Schedule = Schedule()
+
+    @model_validator(mode="after")
+    def _fitted(self) -> "Settings":
+        fitted = [n for n in ("rescore", "evaluate") if getattr(self, n).reward.type == "fitted"]
+        if fitted and self.fit_reward is None:
+            raise ValueError(f"{fitted[0]}.reward.type is fitted, but there is no fit_reward")
+        if self.rescore.sft_threshold == "fitted" and self.rescore.reward.type != "fitted":
+            raise ValueError("rescore.sft_threshold is fitted, but rescore.reward.type is not: give a number")
+        longest = self.generate.max_prompt_tokens + max(self.generate.max_tokens, self.evaluate.max_tokens)
+        if longest > self.generate.engine.max_model_len:
+            raise ValueError(
+                f"generate.engine.max_model_len is {self.generate.engine.max_model_len}, but prompt and response "
+                f"tokens come to {longest}"
+            )
+        return self
+
+
+# Settings that name a file or folder: relative ones are resolved against the place where they were written.
+_PATHS = (
+    "policy.model",
+    "prepare.path",
+    "fit_reward.train.encoder",
+    "fit_reward.eval.encoder",
+    "rescore.reward.model",
+    "evaluate.reward.model",
+)
+
+
+def load_settings(
+    file: Path, profile: str | None = None, overrides: Iterable[str] = (), folder: Path | None = None
+) -> tuple[str, Settings]:
+    """Read one profile of `file`, apply `overrides` ("a.b=value", YAML values), check everything.
+
+    Relative paths in the file are taken from the file's folder, those in `overrides` from `folder` (default: the
+    current one). Returns (profile name, settings). Raises UserError naming the key, the file and the nearest known
+    key.
+    """
+    document = _read_yaml(file)
+    profiles = document.get("profiles")
+    if not isinstance(profiles, dict) or not profiles:
+        raise UserError(f"{file}: no `profiles` in it")
+    unknown = set(document) - {"default", "profiles"}
+    if unknown:
+        raise UserError(f"{file}: unknown key `{min(unknown)}`; known are `default` and `profiles`")
+    name = profile or document.get("default") or next(iter(profiles))
+    tree = _extended(file, profiles, name, ())
+    _resolve_paths(tree, file.resolve().parent)
+    return name, settings_from(tree, overrides, where=f"{file}, profile {name}", folder=folder)
+
+
+def settings_from(
+    tree: Mapping[str, Any], overrides: Iterable[str], where: str, folder: Path | None = None
+) -> Settings:
+    """Check a settings tree (a profile, or the saved settings of a run) with `overrides` applied."""
+    merged = _copy(tree)
+    for override in overrides:
+        patch = _parse_override(override)
+        _resolve_paths(patch, folder or Path.cwd())
+        merged = _merge(merged, patch)
+    try:
+        return Settings.model_validate(merged)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_explain(error)}") from None
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; give the settings file with --config") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read: {error}") from None
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        at = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{file}{at}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{file}: must hold a mapping with `profiles`")
+    return document
+
+
+def _extended(file: Path, profiles: Mapping[str, Any], name: str, seen: tuple[str, ...]) -> dict[str, Any]:
+    if name not in profiles:
+        raise UserError(f"{file}: no profile `{name}`{_nearest(name, profiles)}")
+    if name in seen:
+        raise UserError(f"{file}: profiles extend each other in a circle: {' -> '.join((*seen, name))}")
+    own = profiles[name]
+    if not isinstance(own, dict):
+        raise UserError(f"{file}: profile `{name}` must be a mapping")
+    own = _copy(own)
+    base = own.pop("extends", None)
+    return own if base is None else _merge(_extended(file, profiles, base, (*seen, name)), own)
+
+
+def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _copy(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
+
+
+def _merge(base: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in patch.items():
+        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+        out[key] = _merge(out[key], value) if both else value
+    return out
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip() or not all(part.strip() for part in key.split(".")):
+        raise UserError(f"--set {override}: must be KEY=VALUE, e.g. --set train.learning_rate=1e-5")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}: the value is not valid YAML") from None
+    for part in reversed(key.strip().split(".")):
+        value = {part: value}
+    return value
+
+
+def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
+    for dotted in _PATHS:
+        *parents, last = dotted.split(".")
+        group: Any = tree
+        for part in parents:
+            group = group.get(part) if isinstance(group, dict) else None
+        if not isinstance(group, dict) or last not in group:
+            continue
+        value = group[last]
+        if isinstance(value, str):
+            group[last] = _resolved(value, folder, dotted)
+        elif isinstance(value, list):
+            group[last] = [_resolved(v, folder, dotted) if isinstance(v, str) else v for v in value]
+
+
+def _resolved(value: str, folder: Path, dotted: str) -> str:
+    if ":" in value:  # bundled:..., hub:...
+        return value
+    return str((folder / Path(value).expanduser()).resolve())
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem of a validation, as one line."""
+    first = error.errors(include_url=False)[0]
+    path = [str(p) for p in first["loc"] if not str(p).startswith(("function-", "literal[", "constrained"))]
+    dotted = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        return f"unknown key `{dotted}`{_nearest(path[-1], _known(path[:-1]))}"
+    if first["type"] == "missing":
+        return f"`{dotted}` is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    value = f" (it is {first['input']!r})" if not isinstance(first["input"], dict | BaseModel) else ""
+    return f"`{dotted}`: {message}{value}" if dotted else message
+
+
+def _known(path: list[str]) -> list[str]:
+    model: Any = Settings
+    for part in path:
+        annotation = model.model_fields[part].annotation
+        options = (annotation, *getattr(annotation, "__args__", ()))
+        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+    return list(model.model_fields)
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean `{near[0]}`?" if near else f"; known are {', '.join(f'`{k}`' for k in known)}"

@@ -1,0 +1,17 @@
+"""The two ways in which work ends badly: the user can mend it (exit code 2), or it failed (exit code 1)."""
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. The message is one line: what is wrong, where, what to do."""
+
+    exit_code = 2
+
+
+class StageFailure(Exception):
+    """A stage could not finish although its input was right. The message is one line."""
+
+    exit_code = 1
+
+
+class TransientFailure(StageFailure):
+    """A failure that may pass by itself (a time-out, a lost server): the stage is tried again."""

@@ -1,0 +1,1 @@
+"""Readers of prompts and preference pairs: HH-RLHF text, chat JSONL, TRL formats, datasets."""

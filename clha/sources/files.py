@@ -1,0 +1,52 @@
+"""Which files a source consists of, and their digest."""
+
+from pathlib import Path
+
+from clha.config import Prepare
+from clha.digests import digest_of
+from clha.errors import UserError
+from clha.store import Home
+
+
+def source_paths(prepare: Prepare) -> list[str]:
+    """The places that `prepare.path` names, as a list."""
+    return [prepare.path] if isinstance(prepare.path, str) else list(prepare.path)
+
+
+def local_files(path: str) -> list[Path]:
+    """The file at `path`, or all files below the folder at `path`, sorted. Raises UserError when there is none."""
+    place = Path(path)
+    if place.is_file():
+        return [place]
+    files = sorted(p for p in place.rglob("*") if p.is_file() and not p.name.startswith(".")) if place.is_dir() else []
+    if not files:
+        raise UserError(f"prepare.path: no file at {place}; give the path of the data")
+    return files
+
+
+def source_digest(prepare: Prepare, home: Home) -> str:
+    """Digest of the content of a source: its files' bytes, or the commit of a Hub dataset."""
+    parts = []
+    for path in source_paths(prepare):
+        if path.startswith("hub:"):
+            parts.append(hub_commit(path.removeprefix("hub:"), prepare.revision))
+        else:
+            files = local_files(path)
+            parts.append(home.digests.of_files(files, files[0].parent if Path(path).is_file() else Path(path)))
+    return digest_of(parts)
+
+
+def hub_commit(name: str, revision: str | None) -> str:
+    """The commit of a Hub dataset. Raises UserError when the Hub cannot say and `revision` is no commit."""
+    if revision and len(revision) == 40:
+        return revision
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().dataset_info(name, revision=revision).sha)
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"prepare.path hub:{name}: the Hub does not answer ({reason}); check name, network and HF_TOKEN, or set "
+            "prepare.revision to a commit that is cached"
+        ) from None

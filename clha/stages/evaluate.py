@@ -1,0 +1,1 @@
+CODE_VERSION = {"answers": 1, "evaluate": 1}

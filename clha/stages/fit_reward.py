@@ -1,0 +1,1 @@
+CODE_VERSION = {"fit_reward": 1}

@@ -1,0 +1,1 @@
+CODE_VERSION = {"generate": 1}

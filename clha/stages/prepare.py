@@ -1,0 +1,1 @@
+CODE_VERSION = {"prepare": 1}

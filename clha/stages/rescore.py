@@ -1,0 +1,1 @@
+CODE_VERSION = {"score": 1, "weigh": 1}

@@ -1,0 +1,189 @@
+"""Builds stages: plans each node, reuses what is fresh, otherwise runs a child process until it is built."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from clha.config import Settings
+from clha.errors import StageFailure, TransientFailure, UserError
+from clha.process import run_child
+from clha.progress import Event
+from clha.runs import Run, save_run
+from clha.stages import chain
+from clha.stages.work import LIFELINE_FD, PROGRESS_FD
+from clha.store import Artifact, Home
+
+# on_event(node name, event): the events of clha.progress, and {"event": "node", "state": ...} from here.
+Listener = Callable[[str, Event], None]
+
+
+@dataclass(frozen=True)
+class Built:
+    """What became of a node."""
+
+    node: str
+    artifact: Artifact
+    reused: bool
+
+
+def run_stage(
+    home: Home, run: Run, settings: Settings, stage: str, listener: Listener, *, force: bool = False
+) -> list[Built]:
+    """Build all nodes of one stage (those that are fresh are reused) and record them in the run file.
+
+    Inputs are taken as the run recorded them. `force` builds them anew under a new attempt number. Raises UserError
+    or StageFailure, with one line.
+    """
+    return [build(home, run, settings, node, listener, force=force) for node in chain.select_nodes(settings, [stage])]
+
+
+def build(
+    home: Home, run: Run, settings: Settings, node: chain.Node, listener: Listener, *, force: bool = False
+) -> Built:
+    """Build one node, or reuse it; records its key in the run file before the work and the outcome after it."""
+    inputs = {name: _recorded(home, run, settings, name) for name in node.inputs}
+    if force:
+        run.attempts[node.name] = run.attempts.get(node.name, 0) + 1
+    planned = chain.plan_node(home, run, settings, node, inputs)
+    assert planned.key is not None
+    run.nodes[node.name] = planned.key
+    if planned.artifact is not None:
+        run.note("reused", node=node.name, key=planned.key)
+        save_run(home, run)
+        listener(node.name, {"event": "node", "state": "reused", "key": planned.key})
+        return Built(node.name, planned.artifact, reused=True)
+    home.check_free_disk(settings.execution.min_free_disk_gb)
+    run.note("started", node=node.name, key=planned.key)
+    save_run(home, run)
+    listener(node.name, {"event": "node", "state": "started", "key": planned.key})
+    artifact = _build_with_retries(home, run, settings, planned, listener)
+    run.note("built", node=node.name, key=planned.key, seconds=artifact.manifest["seconds"])
+    save_run(home, run)
+    listener(node.name, {"event": "node", "state": "built", "key": planned.key, "manifest": artifact.manifest})
+    return Built(node.name, artifact, reused=False)
+
+
+def _recorded(home: Home, run: Run, settings: Settings, name: str) -> Artifact:
+    node = next(n for n in chain.nodes(settings) if n.name == name)
+    artifact = chain.taken_node(home, run, node).artifact
+    assert artifact is not None
+    return artifact
+
+
+def _build_with_retries(
+    home: Home, run: Run, settings: Settings, planned: chain.Planned, listener: Listener
+) -> Artifact:
+    limits = settings.execution
+    for attempt in range(limits.retries + 1):
+        try:
+            return _build_once(home, run, settings, planned, listener)
+        except TransientFailure as failure:
+            if attempt == limits.retries:
+                raise
+            message = f"{failure}; again in {limits.retry_delay_seconds:g} s ({attempt + 1} of {limits.retries})"
+            run.note("retried", node=planned.node.name, reason=str(failure))
+            listener(planned.node.name, {"event": "log", "message": message})
+            time.sleep(limits.retry_delay_seconds)
+    raise AssertionError("unreachable")
+
+
+def _build_once(home: Home, run: Run, settings: Settings, planned: chain.Planned, listener: Listener) -> Artifact:
+    node, key = planned.node, planned.key
+    assert key is not None
+    log = home.logs / run.name / f"{node.name.replace('/', '-')}.log"
+    errors: list[Event] = []
+
+    def hear(event: Event) -> None:
+        if event["event"] == "error":
+            errors.append(event)
+        else:
+            listener(node.name, event)
+
+    ended = run_child(
+        [sys.executable, "-m", f"clha.stages.{node.stage}"]
+        + ["--home", str(home.root), "--run", run.name, "--node", node.name, "--key", key],
+        environment=child_environment(settings),
+        log=log,
+        on_event=hear,
+        on_line=lambda line: listener(node.name, {"event": "output", "line": line}),
+        timeout_seconds=settings.execution.timeout_minutes * 60,
+        progress_fd=PROGRESS_FD,
+        lifeline_fd=LIFELINE_FD,
+    )
+    where = f"log: {log}"
+    if ended.timed_out:
+        raise TransientFailure(
+            f"{node.name}: not finished after {settings.execution.timeout_minutes:g} minutes "
+            f"(execution.timeout_minutes); {where}"
+        )
+    if errors:
+        kinds: dict[str, type[Exception]] = {"user": UserError, "passing": TransientFailure, "failure": StageFailure}
+        message = errors[-1]["message"]
+        if not message.startswith(node.name):
+            message = f"{node.name}: {message}"
+        raise kinds[errors[-1]["kind"]](message if errors[-1]["kind"] == "user" else f"{message} ({where})")
+    if ended.returncode < 0:
+        raise TransientFailure(f"{node.name}: its process was killed by signal {-ended.returncode}; {where}")
+    if ended.returncode != 0:
+        raise StageFailure(f"{node.name}: its process ended with {ended.returncode}: {ended.last_line}; {where}")
+    artifact = home.find(node.kind, key)
+    if artifact is None:
+        raise StageFailure(f"{node.name}: its process ended well but left no artifact; {where}")
+    return artifact
+
+
+def child_environment(settings: Settings) -> dict[str, str]:
+    """The environment of a stage's process: telemetry off, no code from the Hub, threads as set."""
+    threads = str(settings.execution.threads or os.cpu_count() or 1)
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": threads,
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",
+    }
+
+
+def start_run(home: Home, name: str, profile: str, settings: Settings, previous: Run | None) -> Run:
+    """The run file with today's settings, saved before any work; keys of an earlier run of that name stay."""
+    run = Run(name, profile, settings.model_dump(mode="json"))
+    if previous is not None:
+        run.nodes, run.attempts, run.history = previous.nodes, previous.attempts, previous.history
+    run.note("run", profile=profile)
+    save_run(home, run)
+    return run
+
+
+def status(home: Home, run: Run, settings: Settings, stages: Iterable[str] = chain.STAGES) -> list[dict[str, Any]]:
+    """Per node: key, state (fresh, stale, waiting, damaged), artifact folder, rows in, out and quarantined."""
+    rows = []
+    for planned in chain.plan(home, run, settings):
+        if planned.node.stage not in stages:
+            continue
+        key = run.nodes.get(planned.node.name)
+        recorded = home.find_any(planned.node.kind, key) if key else None
+        state: str = planned.state
+        if recorded is not None and recorded.damage() is not None:
+            state = "damaged"
+        manifest = recorded.manifest if recorded else {}
+        rows.append(
+            {
+                "node": planned.node.name,
+                "stage": planned.node.stage,
+                "key": key,
+                "state": state,
+                "folder": str(recorded.folder) if recorded else None,
+                "rows_in": manifest.get("rows_in"),
+                "rows_out": manifest.get("rows_out"),
+                "rows_quarantined": manifest.get("rows_quarantined"),
+                "seconds": manifest.get("seconds"),
+            }
+        )
+    return rows

@@ -1,0 +1,1 @@
+CODE_VERSION = {"train": 1}

@@ -1,0 +1,123 @@
+"""Children: heard line by line, timed out, and never left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from clha.process import Ended, run_child
+
+
+def child(tmp_path: Path, code: str, **options) -> tuple[Ended, list, list]:
+    lines, events = [], []
+    ended = run_child(
+        [sys.executable, "-c", code],
+        environment=dict(os.environ),
+        log=tmp_path / "log" / "child.log",
+        on_event=events.append,
+        on_line=lines.append,
+        progress_fd="P_FD",
+        lifeline_fd="L_FD",
+        **options,
+    )
+    return ended, lines, events
+
+
+def wait_until_gone(pid: int) -> bool:
+    for _ in range(100):
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_output_goes_to_the_log_and_events_to_the_listener(tmp_path: Path):
+    code = """
+import json, os, sys
+print("out"); print("err", file=sys.stderr); sys.stdout.write("no end")
+os.write(int(os.environ["P_FD"]), b'{"event": "log", "message": "hi"}\\n{"event": "log"')
+os.write(int(os.environ["P_FD"]), b', "message": "there"}\\n')
+"""
+    ended, lines, events = child(tmp_path, code)
+    assert ended == Ended(0, False, "no end") or ended == Ended(0, False, "err")
+    assert set(lines) == {"out", "err", "no end"}
+    assert [e["message"] for e in events] == ["hi", "there"]
+    assert "err" in (tmp_path / "log" / "child.log").read_text()
+
+
+def test_a_megabyte_of_output_does_not_block_the_child(tmp_path: Path):
+    ended, lines, _ = child(tmp_path, "print('x' * 99 + '\\n', end='')\nprint(('y' * 99 + '\\n') * 20000, end='')")
+    assert ended.returncode == 0 and len(lines) == 20001
+
+
+def test_exit_codes_and_signals_are_told(tmp_path: Path):
+    assert child(tmp_path, "raise SystemExit(3)")[0].returncode == 3
+    assert child(tmp_path, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")[0].returncode == -9
+
+
+def test_a_child_that_takes_too_long_is_ended_with_its_own_children(tmp_path: Path):
+    code = "import subprocess, time; p = subprocess.Popen(['sleep', '300']); print(p.pid, flush=True); time.sleep(300)"
+    ended, lines, _ = child(tmp_path, code, timeout_seconds=2)
+    assert ended.timed_out and ended.returncode == -signal.SIGTERM
+    assert wait_until_gone(int(lines[0]))
+
+
+def test_an_exception_in_the_parent_ends_the_child(tmp_path: Path):
+    code = "import os, time; print(os.getpid(), flush=True); time.sleep(300)"
+    pids = []
+
+    def stop(line: str) -> None:
+        pids.append(int(line))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_child(
+            [sys.executable, "-c", code],
+            environment=dict(os.environ),
+            log=tmp_path / "log",
+            on_event=print,
+            on_line=stop,
+            progress_fd="P",
+            lifeline_fd="L",
+        )
+    assert wait_until_gone(pids[0])
+
+
+def test_a_stage_process_ends_when_its_parent_is_killed(tmp_path: Path):
+    child_code = (
+        "import os, time; from clha.stages.work import _die_with_parent as d, LIFELINE_FD as f;"
+        "d(int(os.environ[f])); print(os.getpid(), flush=True); time.sleep(300)"
+    )
+    parent_code = f"""
+import os, sys
+from pathlib import Path
+from clha.process import run_child
+from clha.stages.work import LIFELINE_FD, PROGRESS_FD
+run_child([sys.executable, "-c", {child_code!r}], environment=dict(os.environ), log=Path({str(tmp_path / "l")!r}),
+          on_event=print, on_line=lambda x: print(x, flush=True), progress_fd=PROGRESS_FD, lifeline_fd=LIFELINE_FD)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", parent_code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    assert wait_until_gone(pid)
+
+
+def test_a_command_that_does_not_exist_leaves_no_open_pipe(tmp_path: Path):
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(FileNotFoundError):
+        run_child(
+            ["/nonexistent"],
+            environment={},
+            log=tmp_path / "log",
+            on_event=print,
+            progress_fd="P",
+            lifeline_fd="L",
+        )
+    assert len(os.listdir("/proc/self/fd")) == before
