@@ -89,6 +89,7 @@ class Prepare(Group):
     splits: Splits = Splits()
     split_seed: int = 0
     limits: Limits = Limits()
+    shard_size: Positive = 50_000  # prompts in one file of the output
     max_quarantined: Share = 0.1
 
 
@@ -103,6 +104,7 @@ class RewardFit(Group):
     folds: Annotated[int, Field(ge=2)] = 5
     sft_quantile: Share = 0.25
     seed: int = 0
+    max_quarantined: Share = 0.1
     tokens_per_batch: Positive = execution(4096)
 
 
@@ -219,6 +221,7 @@ class Evaluate(Group):
     tie: Annotated[float, Field(ge=0)] = 0.0
     seed: int = 0
     shard_size: Positive = 64
+    max_quarantined: Share = execution(0.1)
 
 
 class Execution(Group):

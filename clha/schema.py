@@ -68,6 +68,7 @@ ANSWERS = pa.schema(
         ("prompt_token_ids", pa.list_(pa.int32())),
         ("response_token_ids", pa.list_(pa.int32())),
         ("finish_reason", pa.string()),
+        ("truncated_turns", pa.int32()),
         ("policy", pa.string()),
     ]
 )
@@ -76,8 +77,10 @@ SCORES = pa.schema(
     [
         ("prompt_id", pa.string()),
         ("policy", pa.string()),
-        ("reward", pa.float64()),
+        ("reward", pa.float64()),  # by the reward model that training never saw
         ("length", pa.int32()),
+        ("training_reward", pa.float64()),  # by the one that rescoring used
+        ("truncated", pa.bool_()),  # for either of the two
     ]
 )
 

@@ -1,11 +1,15 @@
 """Which files a source consists of, and their digest."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 from clha.config import Prepare
 from clha.digests import digest_of
 from clha.errors import UserError
 from clha.store import Home
+
+_HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:/(?P<folder>[\w./-]+?))?(?:@(?P<revision>[\w./-]+))?")
 
 
 def source_paths(prepare: Prepare) -> list[str]:
@@ -26,14 +30,26 @@ def local_files(path: str) -> list[Path]:
 
 def source_digest(prepare: Prepare, home: Home) -> str:
     """Digest of the content of a source: its files' bytes, or the commit of a Hub dataset."""
-    parts = []
+    parts: list[Any] = []
     for path in source_paths(prepare):
         if path.startswith("hub:"):
-            parts.append(hub_commit(path.removeprefix("hub:"), prepare.revision))
+            name, folder, revision = hub_reference(path, prepare.revision)
+            parts.append([hub_commit(name, revision), folder])
         else:
             files = local_files(path)
             parts.append(home.digests.of_files(files, files[0].parent if Path(path).is_file() else Path(path)))
     return digest_of(parts)
+
+
+def hub_reference(path: str, revision: str | None) -> tuple[str, str | None, str | None]:
+    """(owner/name, folder in the repository, revision) of "hub:owner/name[/folder][@revision]".
+
+    `revision` is the one of the settings; what stands behind @ goes before it. Raises UserError.
+    """
+    match = _HUB.fullmatch(path.removeprefix("hub:"))
+    if match is None:
+        raise UserError(f"prepare.path {path}: must be hub:owner/name, hub:owner/name/folder, either with @revision")
+    return match["name"], match["folder"], match["revision"] or revision
 
 
 def hub_commit(name: str, revision: str | None) -> str:
