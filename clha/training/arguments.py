@@ -1,0 +1,71 @@
+"""Settings of a training run, as transformers' TrainingArguments with what CLHA adds."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from clha.training.objectives import LOSSES
+
+
+@dataclass
+class ClhaConfig(TrainingArguments):
+    """`TrainingArguments` with the settings of the losses.
+
+    `per_device_train_batch_size` counts prompts, each with all its responses. A step is the same however it is cut
+    into accumulation steps, micro-batches and processes (`normalization="batch"`).
+    """
+
+    loss: str = field(default="clha", metadata={"help": f"One of {', '.join(LOSSES)}."})
+    margin: float = field(default=3.0, metadata={"help": "Margin of the hinge per rank, in nats per token."})
+    sft_weight: float = field(default=0.05, metadata={"help": "Weight of the SFT part (clha, pro)."})
+    sft_by: str = field(default="sum", metadata={"help": "SFT part by token `sum` (the paper's) or `mean` (clha)."})
+    beta: float = field(default=0.1, metadata={"help": "Strength of the tie to the reference (dpo*)."})
+    label_smoothing: float = field(
+        default=0.0, metadata={"help": "Share of flipped labels that dpo_smoothed and dpo_robust reckon with."}
+    )
+    normalization: str = field(
+        default="batch",
+        metadata={"help": "Denominators of the whole optimizer `batch`, or per micro-batch as the `reference` code."},
+    )
+    tokens_per_micro_batch: int = field(
+        default=4096, metadata={"help": "Input tokens of one forward and backward pass; sets memory, not the result."}
+    )
+    share_prompts: bool = field(default=True, metadata={"help": "Compute each prompt once for all its responses."})
+    logits_megabytes: int = field(default=256, metadata={"help": "Memory for logits; more are computed in chunks."})
+    logprob_tolerance: float = field(
+        default=0.05,
+        metadata={"help": "Mean difference, in nats per token, from the generator's log-probabilities on the first batch."},
+    )
+    merge_adapter: bool = field(default=False, metadata={"help": "LoRA: merge the adapter into the saved model."})
+
+    # What TrainingArguments sets otherwise.
+    learning_rate: float = field(default=5e-6, metadata={"help": "Peak learning rate."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of the learning rate."})
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "Prompts per device and accumulation step."})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Prompts looked at together in evaluation."})
+    logging_steps: float = field(default=1, metadata={"help": "Steps between two rows of metrics."})
+
+    def __post_init__(self) -> None:
+        self.remove_unused_columns = False
+        self.logging_nan_inf_filter = False
+        # Two complete checkpoints: a half-written one must have a predecessor.
+        if self.save_total_limit is not None:
+            self.save_total_limit = max(2, self.save_total_limit)
+        super().__post_init__()
+        # One value for `label_smoothing`: TrainingArguments has one for cross-entropy, which is not used here.
+        self.label_smoothing_factor = 0.0
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, not {self.loss!r}")
+        if self.normalization not in ("batch", "reference"):
+            raise ValueError(f"normalization must be batch or reference, not {self.normalization!r}")
+        if self.sft_by not in ("sum", "mean"):
+            raise ValueError(f"sft_by must be sum or mean, not {self.sft_by!r}")
+        if self.n_gpu > 1:
+            raise ValueError("several GPUs in one process are not supported: start one process per GPU with torchrun")
+
+    def objective_settings(self) -> dict[str, Any]:
+        """The settings that `clha.training.objectives.objective` reads."""
+        names = ("loss", "margin", "sft_weight", "sft_by", "beta", "label_smoothing")
+        return {name: getattr(self, name) for name in names}

@@ -1,0 +1,48 @@
+"""What stops a training run before it does harm."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from clha.errors import StageFailure, UserError
+from clha.training.checkpoints import is_complete
+
+
+def check_generator_logps(token_logps: Tensor, generator_logps: Tensor, tolerance: float) -> str:
+    """Compare log-probabilities with those that the generator reported for the same tokens; returns one line.
+
+    Args:
+        token_logps: [N] of the policy that is about to be trained, in nats.
+        generator_logps: [N], NaN where the generator did not report any.
+        tolerance: largest mean absolute difference, nats per token.
+
+    Raises:
+        UserError: the policy is not the one that generated, or it sees other tokens.
+    """
+    known = ~torch.isnan(generator_logps)
+    if not bool(known.any()):
+        return "no generated responses in the first batch: log-probabilities not compared with the generator"
+    gaps = (token_logps.detach().cpu().float()[known] - generator_logps[known]).abs()
+    mean, largest = float(gaps.mean()), float(gaps.max())
+    line = f"log-probabilities differ from the generator's by {mean:.2g} nats per token (largest {largest:.2g})"
+    if not mean <= tolerance:
+        raise UserError(
+            f"train: {line}, more than train.logprob_tolerance = {tolerance:g}: these candidates are not this policy's, "
+            "or it sees other tokens; generate again with this policy, or raise the tolerance"
+        )
+    return line
+
+
+def check_finite(value: float, what: str, step: int, prompt_ids: Sequence[str], checkpoints: Path) -> None:
+    """Raises StageFailure when `value` (a loss, a gradient norm) is NaN or infinite, before anything is overwritten."""
+    if math.isfinite(value):
+        return
+    good = [p for p in checkpoints.glob("checkpoint-*") if is_complete(p)]
+    last = max(good, key=lambda p: int(p.name.rpartition("-")[2])).name if good else "none"
+    raise StageFailure(
+        f"train: {what} is {value} in step {step}; prompts {', '.join(prompt_ids)}; "
+        f"last good checkpoint: {last}; lower the learning rate or look at these prompts"
+    )

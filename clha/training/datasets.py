@@ -1,0 +1,117 @@
+"""Datasets that training takes: joined preferences, and `datasets.Dataset` in our form or TRL's pair formats.
+
+The preferences form has a row per prompt: prompt_token_ids, response_token_ids (a list per response, best first),
+rewards (best first) and, if it likes, prompt_id, pair_weights, sft_index, sft_lambda.
+Pair formats have chosen and rejected, as text or as messages, with an explicit or implicit prompt.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from clha.errors import UserError
+from clha.training.batches import RankedPrompt
+
+
+def as_ranked_prompts(dataset: Any, tokenizer: Any) -> Any:
+    """`dataset` as something whose items are `RankedPrompt`, with `max_candidates`. None stays None.
+
+    Raises:
+        UserError: the columns are none of the known forms, or text comes without a tokenizer.
+    """
+    if dataset is None or hasattr(dataset, "max_candidates"):
+        return dataset
+    columns = set(getattr(dataset, "column_names", None) or ())
+    if {"prompt_token_ids", "response_token_ids", "rewards"} <= columns:
+        return _Rows(dataset, _from_preferences)
+    if {"chosen", "rejected"} <= columns:
+        if tokenizer is None:
+            raise UserError("dataset: chosen and rejected are text; give the tokenizer as processing_class")
+        return _Rows(dataset, lambda row, i: _from_pair(row, i, tokenizer))
+    raise UserError(
+        f"dataset: has columns {', '.join(sorted(columns)) or 'none'}; wanted are prompt_token_ids, "
+        "response_token_ids and rewards, or chosen and rejected"
+    )
+
+
+class _Rows:
+    """A dataset seen as ranked prompts; each row is converted when it is asked for."""
+
+    def __init__(self, dataset: Any, convert: Callable[[dict[str, Any], int], RankedPrompt]) -> None:
+        self._dataset, self._convert = dataset, convert
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, i: int) -> RankedPrompt:
+        return self._convert(self._dataset[i], i)
+
+    @property
+    def max_candidates(self) -> int:
+        columns = self._dataset.column_names
+        if "rewards" not in columns:
+            return 2
+        return max((len(rewards) for rewards in self._dataset["rewards"]), default=0)
+
+
+def _from_preferences(row: dict[str, Any], i: int) -> RankedPrompt:
+    n = len(row["rewards"])
+    weights = row.get("pair_weights")
+    return RankedPrompt(
+        prompt_id=str(row.get("prompt_id", i)),
+        prompt=np.asarray(row["prompt_token_ids"], dtype=np.int32),
+        responses=[np.asarray(r, dtype=np.int32) for r in row["response_token_ids"]],
+        rewards=np.asarray(row["rewards"], dtype=np.float64),
+        pair_weights=np.triu(np.ones((n, n), dtype=np.float32), 1)
+        if weights is None
+        else np.asarray(weights, dtype=np.float32).reshape(n, n),
+        sft_index=int(row.get("sft_index", 0)),
+        sft_lambda=float(row.get("sft_lambda", 1.0)),
+    )
+
+
+def _from_pair(row: dict[str, Any], i: int, tokenizer: Any) -> RankedPrompt:
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    if isinstance(chosen, str):
+        prompt_ids, responses = _plain(prompt, chosen, rejected, tokenizer)
+    else:
+        prompt_ids, responses = _conversation(prompt, chosen, rejected, tokenizer)
+    if not prompt_ids or not all(responses):
+        raise UserError(f"dataset: row {i} has no prompt, or an empty response")
+    return RankedPrompt(
+        prompt_id=str(row.get("prompt_id", i)),
+        prompt=np.asarray(prompt_ids, dtype=np.int32),
+        responses=[np.asarray(r, dtype=np.int32) for r in responses],
+        rewards=np.array([1.0, 0.0]),
+        pair_weights=np.array([[0, 1], [0, 0]], dtype=np.float32),
+        sft_index=0,
+        sft_lambda=1.0,
+    )
+
+
+def _plain(prompt: str | None, chosen: str, rejected: str, tokenizer: Any) -> tuple[list[int], list[list[int]]]:
+    """Text without a chat template; an implicit prompt is what both begin with, up to a space."""
+    if prompt is None:
+        same = next((k for k, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+        same = min(len(chosen), len(rejected)) if same is None else same
+        while same > 0 and not chosen[same - 1].isspace():
+            same -= 1
+        prompt, chosen, rejected = chosen[:same].rstrip(), chosen[:same][len(chosen[:same].rstrip()) :] + chosen[same:], (
+            rejected[:same][len(rejected[:same].rstrip()) :] + rejected[same:]
+        )
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+    begin = [tokenizer.bos_token_id] if getattr(tokenizer, "add_bos_token", False) else []
+    return begin + ids(prompt), [[*ids(answer), tokenizer.eos_token_id] for answer in (chosen, rejected)]
+
+
+def _conversation(prompt: Any, chosen: Any, rejected: Any, tokenizer: Any) -> tuple[list[int], list[list[int]]]:
+    """Messages, through the same chat code as everywhere; an implicit prompt is all but the last message."""
+    from clha.chat import encode_prompt, encode_response
+
+    if prompt is None:
+        prompt, chosen, rejected = chosen[:-1], chosen[-1:], rejected[-1:]
+    return encode_prompt(prompt, tokenizer), [encode_response(a[-1]["content"], tokenizer) for a in (chosen, rejected)]

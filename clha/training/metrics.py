@@ -1,0 +1,109 @@
+"""What is measured while training, as sums that add up over micro-batches and processes."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clha.training.batches import MicroBatch
+
+_SUMS = (
+    "pairs",
+    "chosen",
+    "rejected",
+    "right",
+    "chosen_logps",
+    "rejected_logps",
+    "weights",
+    "squared_weights",
+    "all_pairs",
+    "contrastive",
+    "sft",
+    "total",
+    "tokens",
+    "flops",
+    "prompts",
+)
+
+
+class Sums:
+    """Sums of what the metrics are made of; float64."""
+
+    def __init__(self) -> None:
+        self.values = torch.zeros(len(_SUMS), dtype=torch.float64)
+        self._has_parts = False
+
+    def add(self, **sums: float) -> None:
+        for name, value in sums.items():
+            self.values[_SUMS.index(name)] += value
+
+    def add_batch(self, sum_logps: Tensor, batch: MicroBatch, parts: dict[str, Tensor]) -> None:
+        """Add a micro-batch: the kept pairs' scores (the better one is "chosen"), and the parts of its loss."""
+        sums = sum_logps.detach().double().cpu()
+        lengths, mask = batch.response_lengths.cpu(), batch.candidate_mask.cpu()
+        scores = sums / lengths.clamp(min=1)
+        weights = batch.pair_weights.double().cpu()
+        self._has_parts = "sft" in parts
+        present = torch.triu(mask[:, :, None] & mask[:, None, :], diagonal=1)
+        strength = torch.maximum(weights, weights.transpose(1, 2))
+        kept = present & (strength > 0)
+        # With a soft label the better one is the one that the larger weight prefers.
+        ahead = weights >= weights.transpose(1, 2)
+        prompt, k, j = kept.nonzero(as_tuple=True)
+        swap = ~ahead[prompt, k, j]
+        better, worse = torch.where(swap, j, k), torch.where(swap, k, j)
+        chosen, rejected = scores[prompt, better], scores[prompt, worse]
+        self.add(
+            pairs=len(prompt),
+            chosen=float(chosen.sum()),
+            rejected=float(rejected.sum()),
+            right=float((chosen > rejected).sum()),
+            chosen_logps=float(sums[prompt, better].sum()),
+            rejected_logps=float(sums[prompt, worse].sum()),
+            weights=float(strength[kept].sum()),
+            squared_weights=float((strength[kept] ** 2).sum()),
+            all_pairs=float(present.sum()),
+            tokens=batch.tokens,
+            prompts=len(batch.prompt_ids),
+            **{
+                name: float(parts[part].detach())
+                for name, part in (("contrastive", "contrastive"), ("contrastive", "ranking"), ("sft", "sft"))
+                if part in parts
+            },
+            total=float(parts["total"].detach()),
+        )
+
+    def __getitem__(self, name: str) -> float:
+        return float(self.values[_SUMS.index(name)])
+
+    def metrics(self, steps: int) -> dict[str, float]:
+        """The metrics over `steps` optimizer steps, under the names that users know from TRL."""
+        pairs = max(self["pairs"], 1.0)
+        out: dict[str, float] = {
+            "rewards/chosen": self["chosen"] / pairs,
+            "rewards/rejected": self["rejected"] / pairs,
+            "rewards/margins": (self["chosen"] - self["rejected"]) / pairs,
+            "rewards/accuracies": self["right"] / pairs,
+            "logps/chosen": self["chosen_logps"] / pairs,
+            "logps/rejected": self["rejected_logps"] / pairs,
+            "noise/kept_fraction": self["pairs"] / max(self["all_pairs"], 1.0),
+            "noise/effective_sample_size": self["weights"] ** 2 / max(self["squared_weights"], 1e-12),
+        }
+        if self._has_parts:
+            out["loss/contrastive"] = self["contrastive"] / max(steps, 1)
+            out["loss/sft"] = self["sft"] / max(steps, 1)
+        return out
+
+
+def metric_rows(log_history: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """One row per logged step from a trainer's history, by step; an evaluation joins the row of its step."""
+    rows: dict[int, dict[str, float]] = {}
+    for entry in log_history:
+        values = {
+            name: float(value)
+            for name, value in entry.items()
+            if name != "step" and isinstance(value, int | float) and not name.startswith("train_")
+        }
+        if "loss" in values or any(name.startswith("eval_") for name in values):
+            rows.setdefault(int(entry["step"]), {}).update(values)
+    return [{"step": step, **rows[step]} for step in sorted(rows)]

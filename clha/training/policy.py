@@ -1,0 +1,254 @@
+"""A causal language model that returns log-probabilities of response tokens, by the fastest way it supports.
+
+Two things depend on the architecture: whether the responses of a prompt may share it in one packed row, and whether
+the logits are what the output embedding gives (scaled or soft-capped at most). Both are tried on made-up tokens
+against the model's own forward; where they do not hold, the plain way is taken and one line says so.
+"""
+
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from clha.training import attention
+from clha.training.batches import MicroBatch, RankedPrompt, pack, pad
+from clha.training.logprobs import LOGITS_BYTES, token_logprobs
+
+# Largest difference of a response's summed log-probability from the model's own, in float32 and in lower precision.
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+_LOW_PRECISION_TOLERANCE = 0.1
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """What was found out about an architecture."""
+
+    shares_prompts: bool
+    plain_head: bool  # logits are scale * hidden W^T + b, perhaps soft-capped
+    reason: str = ""  # why not, one line
+
+
+def attach(model: PreTrainedModel, share_prompts: bool = True, logits_bytes: int = LOGITS_BYTES) -> Abilities:
+    """Teach `model` (or the model inside a peft wrapper) to answer `response_logps` calls, see `response_logps`.
+
+    Its forward for everybody else stays as it was. Undo with `detach`.
+    """
+    causal = causal_model(model)
+    detach(model)
+    causal._clha_original = (causal.forward, causal.config._attn_implementation)
+    eager = causal.config._attn_implementation
+    reference_attention = "eager" if _softcaps(causal) else eager
+    abilities = _find_out(causal, share_prompts, reference_attention)
+    causal.set_attn_implementation(attention.NAME if abilities.shares_prompts else reference_attention)
+    causal.forward = types.MethodType(_forward(causal, abilities, eager, logits_bytes), causal)
+    return abilities
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Give the model its own forward and attention back."""
+    causal = causal_model(model)
+    original = causal.__dict__.pop("_clha_original", None)
+    if original is not None:
+        del causal.__dict__["forward"]
+        causal.set_attn_implementation(original[1])
+
+
+def causal_model(model: Any) -> Any:
+    """The causal language model itself, out of peft and data-parallel wrappers."""
+    while True:
+        if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif hasattr(model, "module"):
+            model = model.module
+        else:
+            return model
+
+
+def response_logps(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
+    """Log-probability of each response token of `batch`, [N] float32, in nats. `attach` the model first."""
+    return model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        segments=batch.segments,
+        predict_at=batch.predict_at,
+        target_row=batch.target_row,
+        targets=batch.targets,
+    )
+
+
+def _forward(causal: Any, abilities: Abilities, own_attention: str, logits_bytes: int) -> Callable[..., Any]:
+    original, _ = causal._clha_original
+
+    def forward(self: Any, *args: Any, targets: Tensor | None = None, **kwargs: Any) -> Any:
+        if targets is None:
+            training_attention = self.config._attn_implementation
+            self.set_attn_implementation(own_attention)
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self.set_attn_implementation(training_attention)
+        kwargs.pop("labels", None)
+        return _token_logps(self, original, abilities.plain_head, targets, logits_bytes, **kwargs)
+
+    return forward
+
+
+def _token_logps(
+    causal: Any,
+    original: Callable[..., Any],
+    plain_head: bool,
+    targets: Tensor,
+    logits_bytes: int,
+    *,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor,
+    segments: Any,
+    predict_at: Tensor,
+    target_row: Tensor,
+    **_: Any,
+) -> Tensor:
+    inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+    if segments is not None:
+        inputs["segments"] = segments
+    else:
+        inputs["attention_mask"] = attention_mask
+    if not plain_head:
+        logits = original(**inputs).logits.flatten(0, 1).index_select(0, predict_at).float()
+        return logits.log_softmax(-1)[target_row, targets]
+    hidden = causal.base_model(**inputs)[0]
+    head = causal.get_output_embeddings()
+    scale, softcap = _head_settings(causal.config)
+    return token_logprobs(
+        hidden.flatten(0, 1).index_select(0, predict_at),
+        head.weight,
+        target_row,
+        targets,
+        bias=getattr(head, "bias", None),
+        scale=scale,
+        softcap=softcap,
+        logits_bytes=logits_bytes,
+    )
+
+
+def _head_settings(config: Any) -> tuple[float, float | None]:
+    """(factor, soft cap) on the logits, under the names that architectures have for them."""
+    config = config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    return scale, getattr(config, "final_logit_softcapping", None)
+
+
+def _softcaps(causal: Any) -> bool:
+    """Whether attention scores are soft-capped, which SDPA leaves out without a word."""
+    return getattr(causal.config.get_text_config(), "attn_logit_softcapping", None) is not None
+
+
+@torch.no_grad()
+def _find_out(causal: Any, share_prompts: bool, reference_attention: str) -> Abilities:
+    head = causal.get_output_embeddings()
+    was_training, own_attention = causal.training, causal.config._attn_implementation
+    if type(head) is not torch.nn.Linear or not hasattr(causal, "base_model"):
+        plain_head = False
+    else:
+        plain_head = True
+    tolerance = _TOLERANCE.get(next(causal.parameters()).dtype, _LOW_PRECISION_TOLERANCE)
+    prompts = _made_up_prompts(causal.config.get_text_config().vocab_size)
+    device = next(causal.parameters()).device
+    causal.eval()
+    try:
+        causal.set_attn_implementation(reference_attention)
+        padded = pad(prompts).to(device)
+        want = _trial(causal, padded, False)
+        plain_head = plain_head and _near(_trial(causal, padded, True), want, tolerance)
+        if not share_prompts:
+            return Abilities(False, plain_head)
+        reason = _cannot_share(causal)
+        if not reason:
+            attention.register()
+            causal.set_attn_implementation(attention.NAME)
+            packed = pack(prompts, multiple_of=128 if device.type == "cuda" else 1).to(device)
+            try:
+                got = _trial(causal, packed, plain_head)
+                reason = _difference(causal, packed, got, want, tolerance)
+            except (NotImplementedError, TypeError, RuntimeError, ValueError) as error:
+                reason = str(error).splitlines()[0]
+        name = type(causal).__name__
+        line = f"{name}: prompts are not shared among responses ({reason}); padded rows instead" if reason else ""
+        return Abilities(not reason, plain_head, line)
+    finally:
+        causal.set_attn_implementation(own_attention)
+        causal.train(was_training)
+
+
+def _trial(causal: Any, batch: MicroBatch, plain_head: bool) -> Tensor:
+    """Log-probability sums of the made-up responses, [B, n]."""
+    logps = _token_logps(
+        causal,
+        causal.forward,
+        plain_head,
+        batch.targets,
+        LOGITS_BYTES,
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        segments=batch.segments,
+        predict_at=batch.predict_at,
+        target_row=batch.target_row,
+    )
+    return logps.new_zeros(batch.candidate_mask.numel()).index_add_(0, batch.target_cell, logps)
+
+
+def _near(got: Tensor, want: Tensor, tolerance: float) -> bool:
+    return bool(((got - want).abs() <= tolerance).all())
+
+
+def _cannot_share(causal: Any) -> str:
+    """Why the architecture cannot be right although it may look so on short prompts, or ""."""
+    config = causal.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        return f"it has layers of kind {', '.join(sorted(kinds))}"
+    if not getattr(causal, "_supports_attention_backend", False):
+        return "its attention cannot be replaced"
+    return ""
+
+
+def _difference(causal: Any, batch: MicroBatch, got: Tensor, want: Tensor, tolerance: float) -> str:
+    assert batch.segments is not None
+    windows = batch.segments.cache.get("windows")
+    if not windows:
+        return "its layers do not pass on where responses lie"
+    config = causal.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    slides = "sliding_attention" in kinds if kinds else getattr(config, "sliding_window", None) is not None
+    if slides and getattr(config, "use_sliding_window", True) and windows == {None}:
+        return "its attention does not say how wide its window is"
+    if not _near(got, want, tolerance):
+        return f"log-probabilities differ by {float((got - want).abs().max()):.2g}"
+    return ""
+
+
+def _made_up_prompts(vocabulary: int) -> list[RankedPrompt]:
+    """Two prompts of different lengths with three and two responses, the last of a single token."""
+    draw = np.random.default_rng(0)
+    prompts = []
+    for length, responses in ((11, (5, 3, 7)), (6, (4, 1))):
+        n = len(responses)
+        prompts.append(
+            RankedPrompt(
+                prompt_id=f"made-up-{length}",
+                prompt=draw.integers(0, vocabulary, length),
+                responses=[draw.integers(0, vocabulary, r) for r in responses],
+                rewards=-np.arange(n, dtype=np.float64),
+                pair_weights=np.triu(np.ones((n, n), dtype=np.float32), 1),
+                sft_index=0,
+                sft_lambda=1.0,
+            )
+        )
+    return prompts
