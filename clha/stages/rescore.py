@@ -1,1 +1,204 @@
+"""Rescoring: the nodes `score` (rewards of all candidates) and `weigh` (what pairs and responses count for)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from clha.errors import UserError
+from clha.schema import REWARDS
+from clha.store import Artifact, read_parquet
+
+if TYPE_CHECKING:
+    from clha.rewards.adapters import RewardScorer, Scored
+    from clha.rewards.weighing import RewardTable, Rule
+    from clha.stages.work import Work
+
 CODE_VERSION = {"score": 1, "weigh": 1}
+
+_READ = ["prompt_id", "candidate_id", "text", "truncated_turns"]
+
+
+def build(work: Work) -> Artifact:
+    """Build `score` or `weigh`."""
+    return score(work) if work.node.rsplit("/", 1)[-1] == "score" else weigh(work)
+
+
+def score(work: Work) -> Artifact:
+    """Reward of every candidate; shards that are there already are kept.
+
+    Raises UserError when the reward model gives all candidates the same reward, or too many rewards are not finite.
+    """
+    from clha.rewards.adapters import load_scorer, scoring_device
+    from clha.rewards.scoring import report_to
+
+    rescore, writer = work.settings.rescore, work.writer
+    messages = {
+        r["prompt_id"]: r["messages"] for r in work.inputs["prepare"].rows("prompts", ["prompt_id", "messages"])
+    }
+    shards = work.inputs["generate"].shards("candidates")
+    total = sum(f["rows"] for f in work.inputs["generate"].manifest["files"] if f["name"].startswith("candidates-"))
+    fitted = work.inputs["fit_reward.train"].folder if rescore.reward.type == "fitted" else None
+    device = scoring_device()
+    scorer: RewardScorer | None = None
+    done, fresh, seconds = 0, 0, 0.0
+    for index, rows in enumerate(_slices(shards, rescore.shard_size)):
+        if not writer.has_shard("rewards", index):
+            if scorer is None:
+                scorer = load_scorer(rescore.reward, work.models["rescore.reward"], fitted, device)
+            began = time.monotonic()
+            scored = scorer.score(_inputs(rows, messages), report_to(work.progress, total, "candidates", done))
+            seconds += time.monotonic() - began
+            fresh += len(rows)
+            good, bad = _rows(rows, scored)
+            writer.write_quarantine(index, bad)
+            writer.write_shard("rewards", index, good, REWARDS)
+        done += len(rows)
+        work.progress.update(done, total, "candidates")
+    work.check_quarantine(total, rescore.max_quarantined, "rescore.max_quarantined")
+    facts = _reward_facts(work)
+    if scorer is not None:
+        facts |= {
+            "padding_fraction": round(scorer.padding.fraction, 4),
+            "tokens_per_second": round(scorer.padding.tokens / seconds, 1) if seconds else None,
+            "candidates_per_second": round(fresh / seconds, 2) if seconds else None,
+        }
+    return work.finish(rows_in=total, rows_out=facts["scored"], seed=None, device=device, **facts)
+
+
+def _slices(shards: list[Any], size: int) -> Iterator[list[dict[str, Any]]]:
+    """The candidates of all shards in order, `size` at a time."""
+    pending: list[dict[str, Any]] = []
+    for shard in shards:
+        pending += read_parquet(shard, _READ).to_pylist()
+        while len(pending) >= size:
+            yield pending[:size]
+            pending = pending[size:]
+    if pending:
+        yield pending
+
+
+def _inputs(rows: list[dict[str, Any]], messages: dict[str, Any]) -> list[Any]:
+    """What the reward model reads: the turns that the policy saw, and the response."""
+    from clha.rewards.texts import RewardInput, without_oldest_turns
+
+    return [RewardInput(without_oldest_turns(messages[r["prompt_id"]], r["truncated_turns"]), r["text"]) for r in rows]
+
+
+def _rows(rows: list[dict[str, Any]], scored: Scored) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of `rewards`, and the quarantine rows of candidates whose reward is not finite."""
+    from math import isfinite
+
+    good, bad = [], []
+    for i, row in enumerate(rows):
+        reward, members = float(scored.rewards[i]), scored.members[i].tolist()
+        if isfinite(reward) and all(isfinite(m) for m in members):
+            good.append(
+                {
+                    "prompt_id": row["prompt_id"],
+                    "candidate_id": row["candidate_id"],
+                    "reward": reward,
+                    "member_rewards": members,
+                    "truncated": bool(scored.truncated[i]),
+                }
+            )
+        else:
+            why = scored.problems.get(i, f"reward {reward}")
+            detail = f"candidate {row['candidate_id']}: {why}"
+            bad.append({"prompt_id": row["prompt_id"], "reason": "reward not finite", "detail": detail})
+    return good, bad
+
+
+def _reward_facts(work: Work) -> dict[str, Any]:
+    """Mean, spread and truncation of all rewards. Raises UserError when they are all the same."""
+    import numpy as np
+
+    table = work.writer.read("rewards", ["reward", "truncated"])
+    rewards = table["reward"].to_numpy()
+    if len(rewards) > 1 and len(np.unique(np.round(rewards, 12))) == 1:
+        raise UserError(
+            f"{work.node}: the reward model gives all {len(rewards)} candidates the same reward ({rewards[0]:g}); "
+            "it cannot rank anything: set rescore.reward to another one"
+        )
+    return {
+        "scored": len(rewards),
+        "reward_mean": float(rewards.mean()) if len(rewards) else None,
+        "reward_std": float(rewards.std()) if len(rewards) else None,
+        "truncated": int(table["truncated"].to_numpy().sum()),
+    }
+
+
+def weigh(work: Work) -> Artifact:
+    """Order, pair weights and lambda of every prompt, from stored rewards."""
+    from clha.rewards.scoring import in_chunks
+    from clha.rewards.weighing import Totals, reward_table, weigh_shard
+
+    rescore, writer = work.settings.rescore, work.writer
+    candidates = work.inputs["generate"].read("candidates", ["prompt_id", "candidate_id", "origin"])
+    table = reward_table(candidates, work.inputs["score"].read("rewards"))
+    if rescore.rank_by == "label" and not table.label.any():
+        raise UserError(
+            "weigh: rescore.rank_by is label, but no candidate has one; set generate.include to [chosen, rejected]"
+        )
+    threshold = _threshold(work)
+    rule, facts = _rule(work, table, threshold)
+    writer.write_quarantine(
+        0, [{"prompt_id": p, "reason": "no scored candidate", "detail": ""} for p in table.unscored]
+    )
+    totals = Totals()
+    for index, prompts in enumerate(in_chunks(table.prompts, rescore.shard_size)):
+        shard = weigh_shard(table, prompts, rescore.rank_by, rule, totals)
+        if not writer.has_shard("weights", index):
+            writer.write_shard("weights", index, shard)
+        work.progress.update(prompts.stop, table.prompts, "prompts")
+    facts |= totals.facts() | {"sft_threshold": threshold}
+    return work.finish(
+        rows_in=table.prompts + len(table.unscored), rows_out=table.prompts, seed=None, device="cpu", **facts
+    )
+
+
+def _threshold(work: Work) -> float:
+    """The reward above which a best response is worth imitating."""
+    from clha.rewards.head import load_head
+
+    threshold = work.settings.rescore.sft_threshold
+    if threshold == "fitted":
+        return load_head(work.inputs["fit_reward.train"].folder / "reward_model").threshold
+    return float(threshold)
+
+
+def _rule(work: Work, table: RewardTable, threshold: float) -> tuple[Rule, dict[str, Any]]:
+    """The weighting that the settings ask for, and the facts that it rests on."""
+    import numpy as np
+
+    from clha import noise
+    from clha.rewards.weighing import Ranked, Weighed, ranked_prompts
+
+    settings, rank_by = work.settings.rescore.noise, work.settings.rescore.rank_by
+    if settings.method == "none":
+
+        def all_ones(r: Ranked) -> Weighed:
+            pairs = noise.labelled_pairs(r.labels) if rank_by == "label" else None
+            return Weighed(noise.all_ones(r.rewards, pairs), np.ones(len(r.rewards)))
+
+        return all_ones, {"gap": None}
+    gap = settings.gap
+    if settings.method == "quantile":
+        everything = ranked_prompts(table, range(table.prompts), rank_by)
+        gap = noise.quantile_gap(
+            np.concatenate([noise.pair_gaps(r.rewards) for *_, r in everything]), settings.quantile
+        )
+
+    def by_gap(r: Ranked) -> Weighed:
+        pairs = noise.labelled_pairs(r.labels) if rank_by == "label" else None
+        weights = noise.gap_weights(r.rewards, gap, pairs)
+        return Weighed(weights, noise.threshold_lambda(r.rewards[:, 0], threshold))
+
+    return by_gap, {"gap": gap}
+
+
+if __name__ == "__main__":
+    from clha.stages.work import child_main
+
+    child_main(build)

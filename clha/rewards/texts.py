@@ -1,0 +1,181 @@
+"""What reward models read: a prompt's messages and one response, as token IDs that know where the response stands."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+Message = Mapping[str, str]
+
+_NO_LIMIT = 1 << 30
+
+
+@dataclass(frozen=True)
+class RewardInput:
+    """A prompt (messages, the last one the user's) and one response to it."""
+
+    messages: Sequence[Message]
+    response: str
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token IDs; those of the response are ids[start:end]. `truncated`: something was cut on the left."""
+
+    ids: list[int]
+    start: int
+    end: int
+    truncated: bool
+
+
+class TextEncoder(Protocol):
+    """Turns messages and a response into the token IDs that one kind of model reads."""
+
+    pad_id: int
+
+    def encode(self, item: RewardInput) -> Encoded: ...
+
+
+class Unreadable(Exception):
+    """An input that the reward model cannot read; the message says why."""
+
+
+def encode_all(texts: TextEncoder, items: Sequence[RewardInput]) -> tuple[list[int], list[Encoded], dict[int, str]]:
+    """Encode what can be read: (places in `items`, their tokens, {place: why it cannot be read})."""
+    places, encoded, problems = [], [], {}
+    for place, item in enumerate(items):
+        try:
+            encoded.append(texts.encode(item))
+            places.append(place)
+        except Unreadable as error:
+            problems[place] = str(error)
+    return places, encoded, problems
+
+
+def without_oldest_turns(messages: Sequence[Message], turns: int) -> list[Message]:
+    """The messages without the `turns` oldest ones; system messages at the beginning stay."""
+    lead = leading_system_turns(messages)
+    return [*messages[:lead], *messages[lead + turns :]]
+
+
+def leading_system_turns(messages: Sequence[Message]) -> int:
+    """How many system messages stand at the beginning (the last message is never counted)."""
+    lead = 0
+    while lead < len(messages) - 1 and messages[lead]["role"] == "system":
+        lead += 1
+    return lead
+
+
+def cut_left(prompt: list[int], response: list[int], after: list[int], max_tokens: int, *, truncated: bool) -> Encoded:
+    """Join the parts and keep the last `max_tokens` tokens."""
+    ids = prompt + response + after
+    excess = max(0, len(ids) - max_tokens)
+    start = max(0, len(prompt) - excess)
+    end = max(start, len(ids) - len(after) - excess)
+    return Encoded(ids[excess:], start, end, truncated or excess > 0)
+
+
+class RoleText:
+    """Lines "user: ..." and "assistant: ..." for encoders without a chat template, between their own special tokens."""
+
+    def __init__(self, tokenizer: Any, max_tokens: int) -> None:
+        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        plain = self._tokens("a")
+        framed = tokenizer("a", add_special_tokens=True)["input_ids"]
+        at = framed.index(plain[0])
+        self._before, self._after = framed[:at], framed[at + len(plain) :]
+
+    def encode(self, item: RewardInput) -> Encoded:
+        """Drops the oldest turns until the rest fits, then tokens on the left.
+
+        Raises Unreadable for an empty response and for text that is no Unicode.
+        """
+        if not item.response.strip():
+            raise Unreadable("empty_response: the response is empty")
+        try:
+            "".join([item.response, *(m["content"] for m in item.messages)]).encode()
+        except UnicodeEncodeError as error:
+            raise Unreadable(f"invalid_unicode: character {error.start} is half of a surrogate pair") from None
+        response = self._tokens(item.response)
+        room = self.max_tokens - len(self._before) - len(response) - len(self._after)
+        turns, last = 0, len(item.messages) - 1 - leading_system_turns(item.messages)
+        prompt = self._prompt(item.messages)
+        while len(prompt) > room and turns < last:
+            turns += 1
+            prompt = self._prompt(without_oldest_turns(item.messages, turns))
+        cut = cut_left(prompt, response, self._after, self.max_tokens - len(self._before), truncated=turns > 0)
+        shift = len(self._before)
+        return Encoded([*self._before, *cut.ids], cut.start + shift, cut.end + shift, cut.truncated)
+
+    def _prompt(self, messages: Sequence[Message]) -> list[int]:
+        return self._tokens("".join(f"{m['role']}: {m['content']}\n" for m in messages) + "assistant: ")
+
+    def _tokens(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return ids
+
+
+class ChatText:
+    """A model's own chat template, with the start of the assistant's turn, then the response.
+
+    `closed`: and what the template puts after it, so that the whole is the conversation as the template writes it.
+    """
+
+    def __init__(self, folder: Path, max_tokens: int, *, closed: bool) -> None:
+        from clha.chat import load_chat
+
+        self._chat = load_chat(folder)
+        self.max_tokens = max_tokens
+        self._after = self._closing() if closed else []
+        self.pad_id = self._chat.tokenizer.pad_token_id
+        if self.pad_id is None:
+            self.pad_id = self._chat.eos_id
+
+    def encode(self, item: RewardInput) -> Encoded:
+        """Drops the same turns as the policy's prompt would lose, then tokens on the left.
+
+        Raises Unreadable for an empty prompt or response and for roles that the template refuses.
+        """
+        from clha.chat import Unusable
+
+        try:
+            response = self._chat.encode_response(item.response, item.messages).token_ids[:-1]  # without EOS
+            room = self.max_tokens - len(response) - len(self._after)
+            try:
+                prompt = self._chat.encode_prompt(item.messages, room)
+                ids, truncated = prompt.token_ids, prompt.truncated_turns > 0
+            except Unusable as error:
+                if error.reason != "prompt_too_long":
+                    raise
+                last = without_oldest_turns(item.messages, len(item.messages) - 1 - leading_system_turns(item.messages))
+                ids, truncated = self._chat.encode_prompt(last, _NO_LIMIT).token_ids, True
+        except Unusable as error:
+            raise Unreadable(str(error)) from None
+        return cut_left(ids, response, self._after, self.max_tokens, truncated=truncated)
+
+    def _closing(self) -> list[int]:
+        """What the template writes after a response."""
+        asked = [{"role": "user", "content": "a"}]
+        whole = self._render([*asked, {"role": "assistant", "content": "b"}], False)
+        begun = self._render(asked, True) + self._chat.encode_response("b", asked).token_ids[:-1]
+        return whole[len(begun) :] if whole[: len(begun)] == begun else [self._chat.eos_id]
+
+    def _render(self, messages: list[dict[str, str]], generation_prompt: bool) -> list[int]:
+        ids: list[int] = self._chat.tokenizer.apply_chat_template(
+            messages, tokenize=True, add_generation_prompt=generation_prompt, return_dict=False
+        )
+        return ids
+
+
+def text_encoder(folder: Path, max_tokens: int, *, closed: bool) -> TextEncoder:
+    """The encoder for the model in `folder`: its chat template where it has one, role-tagged text otherwise.
+
+    `max_tokens` is lowered to what the model's positions allow.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    positions = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None) or max_tokens
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    limit = min(max_tokens, positions)
+    return ChatText(folder, limit, closed=closed) if tokenizer.chat_template else RoleText(tokenizer, limit)

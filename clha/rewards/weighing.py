@@ -1,0 +1,204 @@
+"""From stored rewards to the table `weights`: prompts of unlike size, in order, without a loop over prompts."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from clha import noise
+from clha.schema import WEIGHTS
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+_LABELS = {"dataset_chosen": 1, "dataset_rejected": -1}
+
+
+@dataclass(frozen=True)
+class RewardTable:
+    """Scored candidates sorted by prompt; prompt i owns the rows offsets[i]:offsets[i + 1].
+
+    prompt_ids [P] (those with scores, in the order of the candidates), unscored: the others; candidate_id, reward,
+    label (1 chosen, -1 rejected, 0 neither), truncated [N]; members [N, M].
+    """
+
+    prompt_ids: pa.Array
+    unscored: list[str]
+    offsets: Ints
+    candidate_id: NDArray[np.int32]
+    reward: Floats
+    members: Floats
+    label: NDArray[np.int8]
+    truncated: NDArray[np.bool_]
+
+    @property
+    def prompts(self) -> int:
+        return len(self.offsets) - 1
+
+    def by_size(self, prompts: range) -> Iterator[tuple[Ints, Ints]]:
+        """Prompts of one size at a time: (places within `prompts` [p], their rows [p, n])."""
+        starts = self.offsets[prompts.start : prompts.stop]
+        sizes = self.offsets[prompts.start + 1 : prompts.stop + 1] - starts
+        for n in np.unique(sizes):
+            places = np.flatnonzero(sizes == n)
+            yield places, starts[places][:, None] + np.arange(n)
+
+
+def reward_table(candidates: pa.Table, rewards: pa.Table) -> RewardTable:
+    """Join candidates (prompt_id, candidate_id, origin) and rewards (contract columns) by their ids.
+
+    Raises ValueError when a reward belongs to no candidate.
+    """
+    ids = pc.unique(candidates["prompt_id"])
+    known = pc.index_in(candidates["prompt_id"], value_set=ids).to_numpy().astype(np.int64)
+    codes = pc.index_in(rewards["prompt_id"], value_set=ids)
+    if codes.null_count:
+        raise ValueError("a reward belongs to no candidate")
+    code = codes.to_numpy().astype(np.int64)
+    candidate_id = rewards["candidate_id"].to_numpy()
+    order = np.lexsort((candidate_id, code))
+    code, candidate_id = code[order], candidate_id[order]
+    label = _labels(candidates, known, code, candidate_id)
+    sizes = np.bincount(code, minlength=len(ids))
+    scored = sizes > 0
+    members = rewards["member_rewards"].combine_chunks()
+    width = len(members.flatten()) // max(1, len(members))
+    return RewardTable(
+        prompt_ids=ids.filter(pa.array(scored)),
+        unscored=ids.filter(pa.array(~scored)).to_pylist(),
+        offsets=np.concatenate([[0], np.cumsum(sizes[scored])]),
+        candidate_id=candidate_id,
+        reward=rewards["reward"].to_numpy()[order],
+        members=members.flatten().to_numpy().reshape(-1, width)[order],
+        label=label,
+        truncated=rewards["truncated"].to_numpy()[order],
+    )
+
+
+def _labels(candidates: pa.Table, known: Ints, code: Ints, candidate_id: NDArray[np.int32]) -> NDArray[np.int8]:
+    """The labels of scored candidates, found by (prompt, candidate)."""
+    origin = candidates["origin"].combine_chunks().dictionary_encode()
+    values = np.array([_LABELS.get(v, 0) for v in origin.dictionary.to_pylist()], dtype=np.int8)
+    if not values.any():
+        return np.zeros(len(code), dtype=np.int8)
+    own = values[origin.indices.to_numpy()]
+    keys = (known << 32) | candidates["candidate_id"].to_numpy().astype(np.int64)
+    sort = np.argsort(keys, kind="stable")
+    wanted = (code << 32) | candidate_id.astype(np.int64)
+    at = np.minimum(np.searchsorted(keys[sort], wanted), len(keys) - 1)
+    if not (keys[sort][at] == wanted).all():
+        raise ValueError("a reward belongs to no candidate")
+    return own[sort][at]
+
+
+# One prompt size at a time: rewards, members and labels in rank order -> pair weights [p, n, n], lambda [p].
+@dataclass(frozen=True)
+class Ranked:
+    """p prompts of n candidates in rank order: rewards [p, n], members [p, n, M], labels [p, n]."""
+
+    rewards: Floats
+    members: Floats
+    labels: Ints
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """pair_weights [p, n, n], sft_lambda [p]; `flags`: name -> [p], true where a prompt has that flag."""
+
+    pair_weights: Floats
+    sft_lambda: Floats
+    flags: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
+
+
+Rule = Callable[[Ranked], Weighed]
+
+
+@dataclass
+class Totals:
+    """What the weights come to, over all prompts."""
+
+    prompts: int = 0
+    pairs: Counter[int] = field(default_factory=Counter)  # by rank distance
+    kept: Counter[int] = field(default_factory=Counter)
+    weight: float = 0.0
+    weight_squares: float = 0.0
+    sft_on: float = 0.0
+
+    def add(self, weighed: Weighed) -> None:
+        counts = noise.count_pairs(weighed.pair_weights)
+        self.prompts += len(weighed.pair_weights)
+        self.pairs.update(counts.total)
+        self.kept.update(counts.kept)
+        self.weight += float(weighed.pair_weights.sum())
+        self.weight_squares += float(np.square(weighed.pair_weights).sum())
+        self.sft_on += float((weighed.sft_lambda > 0).sum())
+
+    def facts(self) -> dict[str, Any]:
+        pairs, kept = sum(self.pairs.values()), sum(self.kept.values())
+        return {
+            "pairs": pairs,
+            "pairs_kept": kept,
+            "kept_fraction": kept / pairs if pairs else 0.0,
+            "pairs_by_distance": {str(i): [self.kept[i], n] for i, n in sorted(self.pairs.items())},
+            "effective_sample_size": noise.effective_sample_size(self.weight, self.weight_squares),
+            "sft_share": self.sft_on / self.prompts if self.prompts else 0.0,
+        }
+
+
+def ranked_prompts(table: RewardTable, prompts: range, rank_by: str) -> Iterator[tuple[Ints, Ints, Ranked]]:
+    """Prompts of one size at a time, ranked: (places [p], rows in rank order [p, n], their figures)."""
+    for places, rows in table.by_size(prompts):
+        rewards, labels = table.reward[rows], table.label[rows].astype(np.int64)
+        order = noise.rank_by_reward(rewards) if rank_by == "reward" else noise.rank_by_label(rewards, labels)
+        rows = np.take_along_axis(rows, order, axis=1)
+        yield places, rows, Ranked(table.reward[rows], table.members[rows], table.label[rows].astype(np.int64))
+
+
+def weigh_shard(table: RewardTable, prompts: range, rank_by: str, rule: Rule, totals: Totals) -> pa.Table:
+    """The rows of `weights` for a range of prompts; what they come to is added to `totals`."""
+    sizes = np.diff(table.offsets[prompts.start : prompts.stop + 1])
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    square_starts = np.concatenate([[0], np.cumsum(sizes**2)])
+    order = np.empty(starts[-1], dtype=np.int32)
+    weights = np.empty(square_starts[-1], dtype=np.float32)
+    sft_lambda = np.empty(len(prompts), dtype=np.float32)
+    flags: list[list[str]] = [[] for _ in prompts]
+    for places, rows, ranked in ranked_prompts(table, prompts, rank_by):
+        n = rows.shape[1]
+        weighed = rule(ranked)
+        totals.add(weighed)
+        order[starts[places][:, None] + np.arange(n)] = table.candidate_id[rows]
+        weights[square_starts[places][:, None] + np.arange(n * n)] = weighed.pair_weights.reshape(-1, n * n)
+        sft_lambda[places] = weighed.sft_lambda
+        for name, where in _flags(weighed, table.truncated[rows]).items():
+            for place in places[where]:
+                flags[place].append(name)
+    row_offsets = np.concatenate([[0], np.cumsum(np.repeat(sizes, sizes))])
+    inner = pa.ListArray.from_arrays(pa.array(row_offsets, pa.int32()), pa.array(weights))
+    columns = [
+        table.prompt_ids.slice(prompts.start, len(prompts)),
+        pa.ListArray.from_arrays(pa.array(starts, pa.int32()), pa.array(order)),
+        pa.ListArray.from_arrays(pa.array(starts, pa.int32()), inner),
+        pa.array(np.zeros(len(prompts), dtype=np.int32)),  # the best-ranked response
+        pa.array(sft_lambda),
+        pa.array(flags, pa.list_(pa.string())),
+    ]
+    return pa.table(columns, schema=WEIGHTS)
+
+
+def _flags(weighed: Weighed, truncated: NDArray[np.bool_]) -> dict[str, NDArray[np.bool_]]:
+    """Flags of p prompts with n candidates each: name -> [p]."""
+    n = truncated.shape[1]
+    kept = (weighed.pair_weights > 0).any(axis=(1, 2))
+    return {
+        "single_candidate": np.full(len(truncated), n == 1),
+        "no_pairs": ~kept & (n > 1),
+        "sft_off": weighed.sft_lambda == 0,
+        "truncated": truncated.any(axis=1),
+        **weighed.flags,
+    }
