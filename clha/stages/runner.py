@@ -53,7 +53,8 @@ def build(
     if planned.artifact is not None:
         run.note("reused", node=node.name, key=planned.key)
         save_run(home, run)
-        listener(node.name, {"event": "node", "state": "reused", "key": planned.key})
+        event = {"event": "node", "state": "reused", "key": planned.key, "manifest": planned.artifact.manifest}
+        listener(node.name, event)
         return Built(node.name, planned.artifact, reused=True)
     home.check_free_disk(settings.execution.min_free_disk_gb)
     run.note("started", node=node.name, key=planned.key)

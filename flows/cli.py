@@ -1,0 +1,352 @@
+"""The command line `clha`. Prefect and all that is heavy is imported inside the commands that need it."""
+
+import os
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+from typer import Option
+
+if TYPE_CHECKING:
+    from clha.store import Home
+    from flows.launch import Job, Request
+    from flows.server import Server
+    from flows.terminal import Terminal
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+HomeOption = Annotated[
+    Path, Option("--home", envvar="CLHA_HOME", help="Folder for everything that runs make.", show_default=True)
+]
+ConfigOption = Annotated[Path, Option("--config", help="The settings file.")]
+ProfileOption = Annotated[str | None, Option("--profile", help="A profile of the settings file [its default].")]
+SetOption = Annotated[list[str] | None, Option("--set", metavar="A.B=VALUE", help="Change one setting; repeatable.")]
+LatestRun = Annotated[str | None, Option("--run", help="Name of the run [the latest].")]
+JsonOption = Annotated[bool, Option("--json", help="Print JSON.")]
+PortOption = Annotated[int, Option("--port", help="Port of the Prefect server.")]
+HostOption = Annotated[str, Option("--host", help="Address to listen on; others than 127.0.0.1 open it to a network.")]
+
+HOME = Path(".clha")
+CONFIG = Path("pipelines.yaml")
+
+
+class Terminated(BaseException):
+    """SIGTERM: unwinds the stack, so that children are ended on the way."""
+
+
+@app.callback(invoke_without_command=True)
+def about(
+    context: typer.Context, version: Annotated[bool, Option("--version", help="Print the version.")] = False
+) -> None:
+    """Align a language model with ranked human preferences: prompts, candidates, rewards, training, evaluation."""
+    if version:
+        from clha import __version__
+
+        typer.echo(f"clha {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def run(
+    profile: ProfileOption = None,
+    run: Annotated[str | None, Option("--run", help="Name of the run [the profile's name].")] = None,
+    config: ConfigOption = CONFIG,
+    set_: SetOption = None,
+    from_stage: Annotated[
+        str | None, Option("--from", metavar="STAGE", help="Take earlier stages as the run recorded them.")
+    ] = None,
+    only: Annotated[str | None, Option("--only", metavar="STAGE", help="Build this stage alone.")] = None,
+    force: Annotated[bool, Option("--force", help="Build anew, under a new attempt number.")] = False,
+    wait: Annotated[bool, Option("--wait", help="Wait for a run of the same name that is in progress.")] = False,
+    prefect: Annotated[bool, Option("--prefect/--no-prefect", help="With or without the Prefect server.")] = True,
+    home: HomeOption = HOME,
+) -> None:
+    """Run the chain: build what is missing or stale, reuse the rest, end with a report."""
+    from flows import launch
+    from flows.terminal import open_terminal
+
+    began = time.monotonic()
+    request = launch.Request(home, config.absolute(), profile, run, tuple(set_ or ()), from_stage, only, force)
+    job = launch.accept(request)
+    terminal = open_terminal()
+    for model in launch.models_to_make(job.home, job.settings):
+        terminal.say(f"converting bundled:{model} (once, up to half a minute)")
+    with launch.locked(job.home, job.name, _FOREVER if wait else 0):
+        planned = launch.plan(job)
+        fresh = not force and all(entry.state == "fresh" for entry in planned)
+        if fresh:
+            state = launch.record_fresh(job, planned)
+            if launch.wants_report(job) and not launch.report_is_fresh(job.home, state):
+                with terminal:
+                    launch.build_report(job.home, job.name, job.settings, terminal.listen)
+            terminal.say(f"run {job.name}: nothing to do, {_count(len(planned), 'node')} up to date")
+        elif prefect:
+            _run_with_prefect(job, request, terminal)
+        else:
+            launch.begin(job)
+            _run_without_prefect(job, terminal)
+        _conclude(job, terminal, time.monotonic() - began)
+
+
+_FOREVER = 1e9
+
+
+def _run_with_prefect(job: "Job", request: "Request", terminal: "Terminal") -> None:
+    from contextlib import ExitStack
+
+    from flows import server
+
+    with ExitStack() as stack:
+        found = server.find_server(job.home)
+        if found is None:
+            port = server.free_port()
+            terminal.say("starting a Prefect server for this run")
+            starting = server.running_server(
+                job.home, "127.0.0.1", port, remember=False, meanwhile=lambda it: _import_prefect(job.home, it)
+            )
+            found = stack.enter_context(starting)
+        terminal.say(f"run {job.name}: watch it at {found.ui}")
+        _import_prefect(job.home, found)
+        from flows.pipeline import run_pipeline
+
+        try:
+            with terminal:
+                run_pipeline(replace(request, run=job.name), found, terminal.listen)
+        except server.ServerLost as lost:
+            terminal.say(f"{lost}; the run goes on without it")
+            _run_without_prefect(job, terminal)
+
+
+def _import_prefect(home: "Home", found: "Server") -> None:
+    """Prefect reads its environment once, when it is imported."""
+    from flows import server
+
+    os.environ.update(server.client_environment(home, found.api) | server.quiet_console())
+    import flows.pipeline  # noqa: F401
+
+
+def _run_without_prefect(job: "Job", terminal: "Terminal") -> None:
+    from clha.runs import existing_run
+    from flows import launch
+
+    with terminal:
+        launch.run_stages(job, terminal.listen)
+        if launch.wants_report(job) and not launch.report_is_fresh(job.home, existing_run(job.home, job.name)):
+            launch.build_report(job.home, job.name, job.settings, terminal.listen)
+
+
+def _conclude(job: "Job", terminal: "Terminal", seconds: float) -> None:
+    from clha.runs import existing_run
+    from flows import launch
+
+    state = existing_run(job.home, job.name)
+    metrics = launch.metrics_of(job.home, state)
+    if launch.wants_report(job):
+        if metrics is not None:
+            terminal.say(f"verdict: {launch.verdict(metrics)}")
+        terminal.say(f"report:  {launch.report_path(job.home, job.name)}")
+        terminal.say(f"UI:      clha ui{_home_option(job.home)}")
+    minutes, rest = divmod(round(seconds, 1), 60)
+    terminal.say(f"time:    {f'{minutes:.0f} min ' if minutes else ''}{rest:.1f} s")
+
+
+def _home_option(home: "Home") -> str:
+    """What must be added to a command so that it finds this home from the current folder."""
+    default = os.environ.get("CLHA_HOME") or HOME
+    return "" if Path(default).resolve() == home.root else f" --home {home.root}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+@app.command("run-stage")
+def run_stage(
+    stage: Annotated[str, typer.Argument(help="prepare, fit_reward, generate, rescore, train or evaluate.")],
+    run: Annotated[str, Option("--run", help="Name of the run.")],
+    set_: SetOption = None,
+    force: Annotated[bool, Option("--force", help="Build anew, under a new attempt number.")] = False,
+    profile: Annotated[
+        str | None, Option("--profile", help="Begin the run with this profile when there is none of that name.")
+    ] = None,
+    config: ConfigOption = CONFIG,
+    wait: Annotated[bool, Option("--wait", help="Wait for a run of the same name that is in progress.")] = False,
+    home: HomeOption = HOME,
+) -> None:
+    """Build one stage of a run, without Prefect, with the settings that the run has saved."""
+    from clha.runs import check_run_name, existing_run, load_run
+    from clha.stages import runner
+    from clha.store import Home
+    from flows import launch
+    from flows.terminal import open_terminal
+
+    request = launch.Request(home, config.absolute(), profile, check_run_name(run), only=stage)
+    request.stages()
+    place = Home(home)
+    if profile is not None and load_run(place, run) is None:
+        job = launch.accept(replace(request, only=None))
+        with launch.locked(job.home, run):
+            launch.begin(job)
+    existing_run(place, run)
+    with launch.locked(place, run, _FOREVER if wait else 0), open_terminal() as terminal:
+        state = existing_run(place, run)
+        launch.amend(place, state, stage, set_ or (), force)
+        runner.run_stage(place, state, launch.saved_settings(state), stage, terminal.listen)
+
+
+@app.command()
+def status(run: LatestRun = None, json: JsonOption = False, home: HomeOption = HOME) -> None:
+    """Show each node of a run: key, state, rows in, out and quarantined, folder."""
+    from flows import show
+
+    typer.echo(show.status(home, run, as_json=json))
+
+
+@app.command()
+def why(
+    stage: Annotated[str | None, typer.Argument(help="A stage or a node [all].")] = None,
+    run: LatestRun = None,
+    config: ConfigOption = CONFIG,
+    set_: SetOption = None,
+    home: HomeOption = HOME,
+) -> None:
+    """Say why nodes would be built by `clha run` now: which part of the key changed, old and new value."""
+    from flows import show
+
+    typer.echo(show.why(home, run, stage, config, set_ or ()))
+
+
+@app.command()
+def runs(json: JsonOption = False, home: HomeOption = HOME) -> None:
+    """List the runs."""
+    from flows import show
+
+    typer.echo(show.runs(home, as_json=json))
+
+
+@app.command()
+def report(run: LatestRun = None, home: HomeOption = HOME) -> None:
+    """Build the report of a run anew and print its path."""
+    from clha.store import Home
+    from flows import launch, show
+    from flows.terminal import open_terminal
+
+    place = Home(home)
+    state = show.chosen_run(place, run)
+    with launch.locked(place, state.name), open_terminal() as terminal:
+        path = launch.build_report(place, state.name, launch.saved_settings(state), terminal.listen)
+    typer.echo(str(path))
+
+
+@app.command()
+def ui(port: PortOption = 4200, host: HostOption = "127.0.0.1", home: HomeOption = HOME) -> None:
+    """Start the Prefect server and its UI, until Ctrl-C; `clha run` finds it."""
+    from clha.errors import UserError
+    from clha.store import Home
+    from flows import server
+
+    place = Home(home)
+    found = server.find_server(place)
+    if found is not None:
+        raise UserError(f"a Prefect server is running already: {found.ui}")
+    server.check_port(host, port)
+    typer.echo("starting the Prefect server")
+    with server.running_server(place, host, port, remember=True) as started:
+        typer.echo(f"UI: {started.ui} (Ctrl-C ends it)")
+        started.wait()
+
+
+@app.command()
+def deploy(
+    profile: ProfileOption = None,
+    config: ConfigOption = CONFIG,
+    set_: SetOption = None,
+    schedule: Annotated[bool, Option("--schedule/--no-schedule", help="Start the chain on its schedule.")] = True,
+    port: PortOption = 4200,
+    home: HomeOption = HOME,
+) -> None:
+    """Serve the chain and each stage as deployments, until Ctrl-C."""
+    from contextlib import ExitStack
+
+    from flows import launch, server
+
+    job = launch.accept(launch.Request(home, config.absolute(), profile, None, tuple(set_ or ())))
+    with ExitStack() as stack:
+        found = server.find_server(job.home)
+        if found is None:
+            server.check_port("127.0.0.1", port)
+            typer.echo("starting the Prefect server")
+            found = stack.enter_context(server.running_server(job.home, "127.0.0.1", port, remember=True))
+        os.environ.update(server.client_environment(job.home, found.api))
+        from flows.deploy import deployments, serve_all
+
+        made = deployments(job.home.root, config.absolute(), job.profile, job.settings, set_ or (), schedule=schedule)
+        for deployment in made:
+            typer.echo(f"serving {deployment.flow_name}/{deployment.name}")
+        if schedule:
+            typer.echo(f"schedule: {job.settings.schedule.cron} ({job.settings.schedule.timezone})")
+        typer.echo(f"UI: {found.ui}/deployments (Ctrl-C ends serving)")
+        serve_all(made)
+
+
+@app.command()
+def doctor(
+    json: JsonOption = False, profile: ProfileOption = None, config: ConfigOption = CONFIG, home: HomeOption = HOME
+) -> None:
+    """Say what is installed, which devices there are, what would be used, and what is amiss."""
+    from flows import show
+
+    text, well = show.doctor(home, config, profile, as_json=json)
+    typer.echo(text)
+    if not well:
+        raise typer.Exit(1)
+
+
+_INTERRUPTED = "interrupted; the same command goes on from what is finished"
+
+
+def main() -> int:
+    """Entry of the console script: one line for what the user can mend (2) or for a failed stage (1)."""
+    from clha.errors import StageFailure, UserError
+
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = int(app(standalone_mode=False) or 0)
+        return _say_error(_INTERRUPTED, code) if code == 130 else code
+    except UserError as error:
+        return _say_error(str(error), 2)
+    except StageFailure as error:
+        return _say_error(str(error), 1)
+    except typer.TyperException as error:
+        return _say_error(error.format_message().replace("\n", " "), 2)
+    except KeyboardInterrupt:
+        return _say_error(_INTERRUPTED, 130)
+    except Terminated:
+        return _say_error(_INTERRUPTED, 143)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _say_error(message: str, code: int) -> int:
+    sys.stderr.write(f"error: {message}\n")
+    return code
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
+if __name__ == "__main__":
+    sys.exit(main())

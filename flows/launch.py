@@ -1,0 +1,270 @@
+"""What `clha run` does around the stages, without Prefect: settings, lock, plan, report, verdict."""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clha.config import Settings, load_settings, settings_from
+from clha.digests import digest_of
+from clha.errors import StageFailure, UserError
+from clha.models import check_model_folder
+from clha.process import run_child
+from clha.progress import Event
+from clha.runs import Run, check_run_name, existing_run, load_run, run_lock, save_run
+from clha.sources.files import local_files, source_paths
+from clha.stages import chain, runner
+from clha.stages.work import LIFELINE_FD, PROGRESS_FD
+from clha.store import Artifact, Home
+
+REPORT = "report"  # listed among the nodes on the terminal, though it is no artifact
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a run was asked for, as it stands on the command line or in a deployment's parameters."""
+
+    home: Path
+    config: Path
+    profile: str | None = None
+    run: str | None = None
+    overrides: tuple[str, ...] = ()
+    from_stage: str | None = None
+    only: str | None = None
+    force: bool = False
+
+    def stages(self) -> tuple[str, ...]:
+        """The stages to build; the others are taken as the run recorded them. Raises UserError."""
+        if self.from_stage and self.only:
+            raise UserError("--from and --only exclude each other: --only S builds S alone, --from S also what follows")
+        for stage in (self.from_stage, self.only):
+            if stage is not None and stage not in chain.STAGES:
+                raise UserError(f"no stage `{stage}`; there are {', '.join(chain.STAGES)}")
+        if self.only:
+            return (self.only,)
+        return chain.STAGES[chain.STAGES.index(self.from_stage) if self.from_stage else 0 :]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request with its settings checked. Nothing has been written for it yet."""
+
+    home: Home
+    name: str
+    profile: str
+    settings: Settings
+    stages: tuple[str, ...]
+    force: bool
+
+    @property
+    def nodes(self) -> list[chain.Node]:
+        """The nodes to build."""
+        return chain.select_nodes(self.settings, self.stages)
+
+
+def accept(request: Request) -> Job:
+    """Check a request as far as that is possible without writing anything. Raises UserError."""
+    stages = request.stages()
+    profile, settings = load_settings(request.config, request.profile, request.overrides)
+    name = check_run_name(request.run or profile)
+    home = Home(request.home)
+    _check_inputs(settings)
+    if stages[0] != "prepare":
+        existing_run(home, name)  # it must have recorded what comes before
+    if not chain.select_nodes(settings, stages):
+        raise UserError(f"--only {request.only}: nothing to build, the settings give the reward models themselves")
+    home.create()
+    return Job(home, name, profile, settings, stages, request.force)
+
+
+def _check_inputs(settings: Settings) -> None:
+    """Raises UserError for data and model folders that are not there, before anything is written."""
+    for path in source_paths(settings.prepare):
+        if not path.startswith("hub:"):
+            local_files(path)
+    for reference in model_references(settings):
+        if ":" not in reference:
+            check_model_folder(Path(reference), reference)
+
+
+def model_references(settings: Settings) -> list[str]:
+    """All models that the chain loads, each once."""
+    return sorted({ref for node in chain.nodes(settings) for ref in node.models.values()})
+
+
+def models_to_make(home: Home, settings: Settings) -> list[str]:
+    """Bundled models that have not been converted yet: the plan will take that long."""
+    bundled = [r.removeprefix("bundled:") for r in model_references(settings) if r.startswith("bundled:")]
+    return [name for name in bundled if not (home.models / name / "config.json").is_file()]
+
+
+_held: set[tuple[Path, str]] = set()
+
+
+@contextmanager
+def locked(home: Home, name: str, wait_seconds: float = 0) -> Iterator[None]:
+    """The run's lock; a stage flow inside a pipeline of the same process shares it. Raises Busy."""
+    mark = (home.root, name)
+    if mark in _held:
+        yield
+        return
+    with run_lock(home, name, wait_seconds):
+        _held.add(mark)
+        try:
+            yield
+        finally:
+            _held.discard(mark)
+
+
+def plan(job: Job) -> list[chain.Planned]:
+    """The nodes to build with their keys and states; other inputs are taken as the run recorded them."""
+    run = load_run(job.home, job.name) or Run(job.name, job.profile, {})
+    known = {node.name: node for node in chain.nodes(job.settings)}
+    done: dict[str, Artifact] = {}
+    planned: list[chain.Planned] = []
+    selected = {node.name for node in job.nodes}
+    for node in job.nodes:
+        for name in node.inputs:
+            if name not in selected and name not in done:
+                artifact = chain.taken_node(job.home, run, known[name]).artifact
+                assert artifact is not None
+                done[name] = artifact
+        if all(name in done for name in node.inputs):
+            entry = chain.plan_node(job.home, run, job.settings, node, done)
+        else:
+            entry = chain.Planned(node, "waiting")
+        if entry.artifact is not None:
+            done[node.name] = entry.artifact
+        planned.append(entry)
+    return planned
+
+
+def begin(job: Job) -> Run:
+    """Save today's settings in the run file before any work; `force` counts a new attempt for each node to build."""
+    run = runner.start_run(job.home, job.name, job.profile, job.settings, load_run(job.home, job.name))
+    if job.force:
+        for node in job.nodes:
+            run.attempts[node.name] = run.attempts.get(node.name, 0) + 1
+        run.note("forced", nodes=[node.name for node in job.nodes])
+        save_run(job.home, run)
+    return run
+
+
+def record_fresh(job: Job, planned: Sequence[chain.Planned]) -> Run:
+    """Record a run of which every node is there already. Writes nothing when the run file says the same."""
+    keys = {entry.node.name: entry.key for entry in planned if entry.key}
+    previous = load_run(job.home, job.name)
+    same = previous is not None and previous.settings == job.settings.model_dump(mode="json")
+    if previous is not None and same and all(previous.nodes.get(n) == k for n, k in keys.items()):
+        return previous
+    run = runner.start_run(job.home, job.name, job.profile, job.settings, previous)
+    for name, key in keys.items():
+        run.nodes[name] = key
+        run.note("reused", node=name, key=key)
+    save_run(job.home, run)
+    return run
+
+
+def saved_settings(run: Run, overrides: Sequence[str] = ()) -> Settings:
+    """The settings that a run was started with, with `overrides` applied. Raises UserError."""
+    return settings_from(run.settings, overrides, where=f"run {run.name}")
+
+
+def amend(home: Home, run: Run, stage: str, overrides: Sequence[str], force: bool) -> list[chain.Node]:
+    """Apply `--set` and `--force` to a run's own settings before one of its stages is built; returns its nodes."""
+    settings = saved_settings(run, overrides)
+    _check_inputs(settings)
+    nodes = chain.select_nodes(settings, [stage])
+    if not nodes:
+        raise UserError(f"{stage}: nothing to build, the settings of run {run.name} give the reward models themselves")
+    if overrides or force:
+        run.settings = settings.model_dump(mode="json")
+        for node in nodes if force else ():
+            run.attempts[node.name] = run.attempts.get(node.name, 0) + 1
+        run.note("amended", stage=stage, set=list(overrides), force=force)
+        save_run(home, run)
+    return nodes
+
+
+def run_stages(job: Job, listener: runner.Listener) -> list[runner.Built]:
+    """Build the job's stages in this process, without Prefect; what is finished already is reused."""
+    run = existing_run(job.home, job.name)
+    return [built for stage in job.stages for built in runner.run_stage(job.home, run, job.settings, stage, listener)]
+
+
+def report_path(home: Home, name: str) -> Path:
+    """Where the report of a run lies."""
+    return home.reports / name / "report.html"
+
+
+def report_is_fresh(home: Home, run: Run) -> bool:
+    """Whether the report shows the artifacts that the run points at now."""
+    events = [event for event in run.history if event["event"] == REPORT]
+    return bool(events) and events[-1]["nodes"] == digest_of(run.nodes) and report_path(home, run.name).is_file()
+
+
+def wants_report(job: Job) -> bool:
+    """Whether the job ends with a report: it does when `evaluate` is among its stages."""
+    return "evaluate" in job.stages
+
+
+def build_report(home: Home, name: str, settings: Settings, listener: runner.Listener) -> Path:
+    """Build the report in a child process (it needs matplotlib) and note in the run what it shows.
+
+    Raises UserError or StageFailure, with one line.
+    """
+    log = home.logs / name / f"{REPORT}.log"
+    errors: list[Event] = []
+
+    def hear(event: Event) -> None:
+        if event["event"] == "error":
+            errors.append(event)
+        else:
+            listener(REPORT, event)
+
+    listener(REPORT, {"event": "node", "state": "started"})
+    ended = run_child(
+        [sys.executable, "-m", "clha.stages.report", "--home", str(home.root), "--run", name],
+        environment=runner.child_environment(settings),
+        log=log,
+        on_event=hear,
+        on_line=lambda line: listener(REPORT, {"event": "output", "line": line}),
+        timeout_seconds=settings.execution.timeout_minutes * 60,
+        progress_fd=PROGRESS_FD,
+        lifeline_fd=LIFELINE_FD,
+    )
+    if ended.timed_out:
+        raise StageFailure(f"report: not finished after {settings.execution.timeout_minutes:g} minutes; log: {log}")
+    path = report_path(home, name)
+    if ended.returncode != 0 or not path.is_file():
+        message = errors[-1]["message"] if errors else ended.last_line or f"ended with {ended.returncode}"
+        wrong = ended.returncode == UserError.exit_code
+        raise (UserError if wrong else StageFailure)(f"report: {message.removeprefix('report: ')} (log: {log})")
+    run = existing_run(home, name)
+    run.note(REPORT, nodes=digest_of(run.nodes))
+    save_run(home, run)
+    listener(REPORT, {"event": "node", "state": "built"})
+    return path
+
+
+def metrics_of(home: Home, run: Run) -> dict[str, Any] | None:
+    """`metrics.json` of the run's evaluation, or None when it has none."""
+    artifact = home.find("evaluate", run.nodes.get("evaluate", ""))
+    if artifact is None:
+        return None
+    metrics: dict[str, Any] = json.loads((artifact.folder / "metrics.json").read_text(encoding="utf-8"))
+    return metrics
+
+
+def verdict(metrics: dict[str, Any]) -> str:
+    """Held-out reward before and after in one line, with what the interval allows to say."""
+    reward = metrics["reward"]
+    low, high = reward["interval"]
+    said = "the trained policy is better" if low > 0 else "it is worse" if high < 0 else "no clear difference"
+    return (
+        f"held-out reward {reward['base']:.3f} before, {reward['trained']:.3f} after: gain {reward['gain']:+.3f} "
+        f"[{low:+.3f}, {high:+.3f}] on {reward['prompts']} prompts: {said}"
+    )

@@ -1,0 +1,166 @@
+"""The whole chain as one Prefect flow, with a subflow for each stage."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from prefect import flow, runtime, task
+from prefect.cache_policies import NO_CACHE
+
+from clha.digests import seed_of
+from clha.errors import StageFailure, UserError
+from clha.runs import Run, existing_run, load_run, save_run
+from clha.stages import chain, runner
+from clha.store import Home
+from flows import launch, present
+from flows.evaluate import evaluate
+from flows.fit_reward import fit_reward
+from flows.generate import generate
+from flows.prepare import prepare
+from flows.rescore import rescore
+from flows.server import Server, ServerLost, answers
+from flows.steps import listener_for, watched_by
+from flows.train import train
+
+StageFlow = Callable[..., dict[str, str]]
+
+STAGE_FLOWS: dict[str, StageFlow] = {
+    "prepare": prepare,
+    "fit_reward": fit_reward,
+    "generate": generate,
+    "rescore": rescore,
+    "train": train,
+    "evaluate": evaluate,
+}
+
+
+def _flow_run_name() -> str:
+    return str(runtime.flow_run.parameters.get("run") or scheduled_name())
+
+
+@flow(name="pipeline", flow_run_name=_flow_run_name)
+def pipeline(
+    run: str | None = None,
+    profile: str | None = None,
+    config: str = "pipelines.yaml",
+    home: str = ".clha",
+    overrides: list[str] | None = None,
+    from_stage: str | None = None,
+    only: str | None = None,
+    force: bool = False,
+) -> dict[str, str]:
+    """Prompts to an aligned model and the evidence whether it is better.
+
+    Without `run` (a scheduled start) the run is named after deployment and time, and `schedule.fresh` says what is
+    new. Returns node -> key.
+    """
+    began = time.monotonic()
+    request = launch.Request(Path(home), Path(config), profile, run, tuple(overrides or ()), from_stage, only, force)
+    if run is None:
+        request = scheduled(request, scheduled_name(), scheduled_time(), str(runtime.deployment.name or "pipeline"))
+    job = launch.accept(request)
+    with launch.locked(job.home, job.name):
+        fresh = all(entry.state == "fresh" for entry in launch.plan(job)) and not force
+        launch.begin(job)
+        for stage in job.stages:
+            if chain.select_nodes(job.settings, [stage]):
+                STAGE_FLOWS[stage](run=job.name, home=str(job.home.root))
+        report = None
+        if launch.wants_report(job):
+            report = make_report(str(job.home.root), job.name)
+        state = existing_run(job.home, job.name)
+        metrics = launch.metrics_of(job.home, state) if launch.wants_report(job) else None
+        if fresh:
+            present.run_logger().info("nothing was new: every stage was reused")
+        present.publish_result(job.name, metrics, report, time.monotonic() - began, fresh)
+    return {node.name: state.nodes[node.name] for node in job.nodes}
+
+
+@task(name="report", task_run_name="report", cache_policy=NO_CACHE, persist_result=False)
+def make_report(home: str, run: str) -> str:
+    """Build the report, unless it shows this very run already; returns its path."""
+    place = Home(Path(home))
+    state = existing_run(place, run)
+    if launch.report_is_fresh(place, state):
+        return str(launch.report_path(place, run))
+    return str(launch.build_report(place, run, launch.saved_settings(state), listener_for(run, launch.REPORT)))
+
+
+def scheduled_time() -> datetime:
+    """When this flow run was meant to start."""
+    return (runtime.flow_run.scheduled_start_time or datetime.now(UTC)).astimezone(UTC)
+
+
+def scheduled_name() -> str:
+    """The name of a run that was given none: its deployment and the time it was meant to start."""
+    return f"{runtime.deployment.name or 'pipeline'}-{scheduled_time():%Y%m%dT%H%M%SZ}"
+
+
+def scheduled(request: launch.Request, name: str, at: datetime, deployment: str) -> launch.Request:
+    """A request for a scheduled run: its name, and what `schedule.fresh` asks to be new.
+
+    `seed`: generate.seed follows from the time. Without `data`, the prompts are those of the deployment's last run;
+    with it, the source is read as it is now.
+    """
+    request = replace(request, run=name)
+    job = launch.accept(request)
+    fresh = job.settings.schedule.fresh
+    if "seed" in fresh:
+        seed = seed_of(job.settings.generate.seed, at.isoformat())
+        request = replace(request, overrides=(*request.overrides, f"generate.seed={seed}"))
+    if "data" not in fresh and load_run(job.home, name) is None:
+        last = last_run(job.home, deployment, "prepare")
+        if last is not None:
+            body = job.settings.model_dump(mode="json")
+            save_run(job.home, Run(name, job.profile, body, {"prepare": last.nodes["prepare"]}))
+            request = replace(request, from_stage="fit_reward")
+    return request
+
+
+def last_run(home: Home, deployment: str, node: str) -> Run | None:
+    """The latest earlier run of a deployment that has finished `node`."""
+    for path in sorted(home.runs.glob(f"{deployment}-*Z.json"), reverse=True):
+        run = load_run(home, path.stem)
+        if run is not None and home.find(node, run.nodes.get(node, "")):
+            return run
+    return None
+
+
+def run_pipeline(request: launch.Request, server: Server, listener: runner.Listener) -> None:
+    """Run the chain in this process, seen by both the server and `listener`.
+
+    Raises UserError or StageFailure as the stages do, and ServerLost when the server went away: what is finished by
+    then is recorded in the run, so that it can go on without.
+    """
+    try:
+        with watched_by(listener):
+            pipeline(
+                run=request.run,
+                profile=request.profile,
+                config=str(request.config),
+                home=str(request.home),
+                overrides=list(request.overrides),
+                from_stage=request.from_stage,
+                only=request.only,
+                force=request.force,
+            )
+    except (UserError, StageFailure):
+        raise
+    except Exception as error:
+        # Prefect's own errors are many once its server is gone; what counts is whether it is.
+        if answers(server.api, 5.0):
+            raise
+        raise ServerLost(f"the Prefect server no longer answers ({type(error).__name__})") from error
+    finally:
+        flush()
+
+
+def flush() -> None:
+    """Send what Prefect still holds back (log lines, task states) before the server is ended."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    APILogWorker.drain_all(timeout=5)
+    EventsWorker.drain_all(timeout=5)
