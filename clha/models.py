@@ -30,18 +30,27 @@ def resolve_model(reference: str, home: Home) -> ModelFolder:
     `reference`: a folder, "hub:owner/name" or "hub:owner/name@revision", or "bundled:<name>" with a name of
     `BUNDLED`. Raises UserError when it is no model folder, or holds no safetensors.
     """
+    check_reference(reference)
     scheme, colon, name = reference.partition(":")
     if not colon:
         folder = Path(reference)
-    elif scheme == "bundled":
-        folder = _bundled(name, home)
-    elif scheme == "hub":
-        folder = _hub_snapshot(name)
     else:
-        raise UserError(f"model {reference!r}: must be a folder, hub:owner/name or bundled:name")
+        folder = _bundled(name, home) if scheme == "bundled" else _hub_snapshot(name)
     check_model_folder(folder, reference)
     files = {f for pattern in _MODEL_FILES for f in folder.glob(pattern) if f.is_file()}
     return ModelFolder(folder, home.digests.of_files(files, folder))
+
+
+def check_reference(reference: str) -> None:
+    """What can be said of a reference before anything is fetched or made. Raises UserError."""
+    scheme, colon, name = reference.partition(":")
+    if not colon:
+        check_model_folder(Path(reference), reference)
+    elif scheme == "bundled":
+        if name not in BUNDLED:
+            raise UserError(f"model bundled:{name}: there is {', '.join(sorted(BUNDLED))}")
+    elif scheme != "hub":
+        raise UserError(f"model {reference!r}: must be a folder, hub:owner/name or bundled:name")
 
 
 def check_model_folder(folder: Path, reference: str) -> None:
@@ -61,8 +70,6 @@ def check_model_folder(folder: Path, reference: str) -> None:
 
 
 def _bundled(name: str, home: Home) -> Path:
-    if name not in BUNDLED:
-        raise UserError(f"model bundled:{name}: there is {', '.join(sorted(BUNDLED))}")
     folder = home.models / name
     if not (folder / "config.json").is_file():
         with home.lock(f"model-{name}", wait_seconds=600):

@@ -249,6 +249,8 @@ class ArtifactWriter:
         """Write the quarantined rows of shard `index` (prompt_id, reason, detail), before the shard itself."""
         if rows:
             self.write_shard("quarantine", index, rows, QUARANTINE)
+        else:  # what an attempt left that died between the quarantine and its shard
+            self.shard_path("quarantine", index).unlink(missing_ok=True)
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write a file of the artifact."""

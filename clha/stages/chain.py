@@ -15,7 +15,7 @@ from clha.errors import UserError
 from clha.models import resolve_model
 from clha.runs import Run
 from clha.schema import SCHEMA_VERSION
-from clha.sources.files import source_digest
+from clha.sources.files import source_digest, weights_file_digest
 from clha.stages import evaluate, fit_reward, generate, prepare, rescore, train
 from clha.store import Artifact, Home, kind_of
 
@@ -177,6 +177,8 @@ def plan_node(home: Home, run: Run, settings: Settings, node: Node, inputs: Mapp
     }
     if node.name == "prepare":
         parts["source"] = source_digest(settings.prepare, home)
+    if node.kind == "weigh" and settings.rescore.noise.file is not None:
+        parts["weights_file"] = weights_file_digest(settings.rescore.noise.file, home)
     key = digest_of(parts)[:24]
     artifact = home.find(node.kind, key)
     return Planned(node, "fresh" if artifact else "stale", key, parts, artifact)

@@ -67,9 +67,11 @@ class Work:
         bad = sum(counts.values())
         if rows_in and bad > share * rows_in:
             reason = max(counts, key=lambda r: counts[r])
+            rows = self.writer.read("quarantine").to_pylist()
+            first = next(row["detail"] for row in rows if row["reason"] == reason)
             raise UserError(
-                f"{self.node}: {bad} of {rows_in} rows are bad (most: {reason}), more than {setting} = {share:g}; "
-                f"see {self.writer.folder}/quarantine-*.parquet, mend the data or raise {setting}"
+                f"{self.node}: {bad} of {rows_in} rows are bad (most: {reason}, first: {first}), more than {setting} = "
+                f"{share:g}; see {self.writer.folder}/quarantine-*.parquet, mend the data or raise {setting}"
             )
 
 

@@ -1,0 +1,233 @@
+"""Messages to token ids by the policy's own chat template: the only place that does it.
+
+Text of users can never become a control token. Where it spells none, the ids are those of `apply_chat_template`;
+where it does, the spelling is hidden while the template renders, and encoded in pieces that spell nothing.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+from uuid import uuid4
+
+from clha.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Messages = Sequence[Mapping[str, str]]
+
+_SHIPPED = Path(__file__).parent / "chat_templates"
+
+
+class Unusable(Exception):
+    """A prompt or response that cannot become tokens: `reason` and `detail` go to the quarantine."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt as token ids, its generation prompt included.
+
+    `messages` are those that were encoded: without the `truncated_turns` oldest ones.
+    """
+
+    token_ids: list[int]
+    messages: list[dict[str, str]]
+    truncated_turns: int
+
+
+@dataclass(frozen=True)
+class EncodedResponse:
+    """A response as token ids with EOS at its end, and the text that the ids spell."""
+
+    token_ids: list[int]
+    text: str
+
+
+def load_chat(model: Path, chat_template: str = "model") -> "Chat":
+    """The chat of the policy in folder `model`; `chat_template`: "model" (its own) or the name of a shipped one.
+
+    Raises UserError when the folder has no usable tokenizer or no chat template.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{model}: has no tokenizer that can be read ({reason})") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{model}: its tokenizer names no eos_token; add it to tokenizer_config.json")
+    if chat_template != "model":
+        source = (_SHIPPED / f"{chat_template}.jinja").read_text(encoding="utf-8")
+        # The shipped templates leave BOS to the tokenizer's own habit, as plain text of a base model does.
+        tokenizer.chat_template = ("{{- bos_token -}}" if _adds_bos(tokenizer) else "") + source
+    elif not isinstance(tokenizer.chat_template, str):
+        raise UserError(f"{model}: its tokenizer has no chat template; set policy.chat_template: hh for a base model")
+    return Chat(tokenizer)
+
+
+def _adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    ids = tokenizer("a").input_ids
+    return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id
+
+
+class Chat:
+    """One policy's tokenizer and chat template."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self.tokenizer = tokenizer
+        self.eos_id: int = tokenizer.eos_token_id
+        added = {i: (t.content, t.special) for i, t in tokenizer.added_tokens_decoder.items()}
+        # What decoding leaves out: none of it may stand inside a response.
+        self.special_ids = frozenset(tokenizer.all_special_ids) | {i for i, (_, special) in added.items() if special}
+        # What the template speaks with, special by name or not: none of it may come from a user's text.
+        in_template = {i for i, (content, _) in added.items() if content in tokenizer.chat_template}
+        self._control_ids = self.special_ids | in_template
+        spellings = {str(tokenizer.convert_ids_to_tokens(i)) for i in self._control_ids}
+        # A spelling of one character cannot be cut into harmless pieces.
+        longest_first = sorted((s for s in spellings if len(s) > 1), key=lambda s: (-len(s), s))
+        self._control = re.compile("|".join(re.escape(s) for s in longest_first) or r"(?!)")
+        self._overlapping = re.compile(f"(?=(?:{self._control.pattern}))")
+
+    def encode_prompt(self, messages: Messages, max_tokens: int) -> EncodedPrompt:
+        """Token ids of a prompt with the start of the assistant's turn; at most `max_tokens` of them.
+
+        Too long ones lose their oldest turns, never the system turns at the start, until they fit; what is left
+        starts with a user's turn. Raises Unusable: `empty_prompt`, `prompt_too_long` (the last turn alone does not
+        fit), `template_rejects` (the template refuses the roles), `invalid_unicode`, `control_token`.
+        """
+        kept = [{"role": m["role"], "content": m["content"]} for m in messages]
+        if not kept or not kept[-1]["content"].strip():
+            raise Unusable("empty_prompt", "the last turn is empty" if kept else "there are no turns")
+        ids = self._encode(kept)
+        if len(ids) <= max_tokens:
+            return EncodedPrompt(ids, kept, 0)
+        lead = next((i for i, m in enumerate(kept[:-1]) if m["role"] != "system"), len(kept) - 1)
+        system, turns = kept[:lead], kept[lead:]
+        starts = [i for i in range(1, len(turns)) if turns[i]["role"] == "user"]
+        # Fewer turns are fewer tokens: the first start that fits is found by halving.
+        low, high, best = 0, len(starts) - 1, None
+        while low <= high:
+            middle = (low + high) // 2
+            rest = system + turns[starts[middle] :]
+            ids = self._encode(rest)
+            if len(ids) <= max_tokens:
+                best, high = EncodedPrompt(ids, rest, starts[middle]), middle - 1
+            else:
+                low = middle + 1
+        if best is None:
+            raise Unusable("prompt_too_long", f"{len(ids)} tokens without its older turns, {max_tokens} allowed")
+        return best
+
+    def encode_response(self, text: str) -> EncodedResponse:
+        """Token ids of a response that was written elsewhere, as this policy would write it, and EOS.
+
+        `text` of the result is what the ids spell: characters that the tokenizer does not know are not in it.
+        Raises Unusable: `empty_response`, `invalid_unicode`, `unspellable` (the tokenizer has no tokens for it).
+        """
+        _check_unicode(text)
+        if not text.strip():
+            raise Unusable("empty_response", "the response is empty")
+        ids = self._plain(self._gap + text.strip())
+        spelled = self.decode(ids)
+        if not spelled.strip():
+            raise Unusable("unspellable", "the tokenizer has no tokens for the response")
+        return EncodedResponse([*ids, self.eos_id], spelled)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text that token ids spell, without special tokens."""
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def _encode(self, messages: list[dict[str, str]]) -> list[int]:
+        for message in messages:
+            _check_unicode(message["content"])
+            if self._control.search(message["role"]):
+                raise Unusable("template_rejects", "a role holds a control token")
+        hidden: dict[str, str] = {}
+        mark = uuid4().hex
+
+        def hide(match: re.Match[str]) -> str:
+            place = f"[{mark}-{len(hidden)}]"
+            hidden[place] = match.group()
+            return place
+
+        masked = [{**m, "content": self._control.sub(hide, m["content"])} for m in messages]
+        rendered = self._render(masked)
+        # With neutral contents every control token is the template's own.
+        neutral = self._control.findall(self._render([{**m, "content": "x"} for m in messages]))
+        wanted = cast(list[int], self.tokenizer.convert_tokens_to_ids(neutral))
+        if not hidden:
+            ids = list(self.tokenizer(rendered, add_special_tokens=False).input_ids)
+            if [i for i in ids if i in self._control_ids] == wanted:
+                return ids
+        if self._control.findall(rendered) != neutral:
+            raise Unusable("control_token", "text of the prompt and the template together spell a control token")
+        runs = self._control.split(rendered)
+        places = re.compile(rf"\[{mark}-\d+\]")
+        ids = self._plain(runs[0])
+        for control, run in zip(wanted, runs[1:], strict=True):
+            ids.append(control)
+            ids += self._plain(places.sub(lambda m: hidden[m.group()], run))
+        return ids
+
+    def _render(self, messages: list[dict[str, str]], prompt: bool = True) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+        except TemplateError as error:
+            raise Unusable("template_rejects", (str(error).splitlines() or ["no reason given"])[0]) from None
+
+    def _plain(self, text: str) -> list[int]:
+        """Token ids of text in which nothing is a control token: every spelling of one is cut in two."""
+        cuts = [0, *(match.start() + 1 for match in self._overlapping.finditer(text)), len(text)]
+        ids: list[int] = []
+        for start, end in pairwise(cuts):
+            ids += self._inside(text[start:end])
+        # A tokenizer can make a control token of plain text all the same: its unknown token.
+        return [i for i in ids if i not in self._control_ids]
+
+    def _inside(self, text: str) -> list[int]:
+        """Token ids of `text` as it stands after a control token (some tokenizers add a space at the very start)."""
+        if not text:
+            return []
+        anchored = self.tokenizer(self._anchor + text, add_special_tokens=False).input_ids
+        return list(anchored[1:] if self._anchor else anchored)
+
+    @cached_property
+    def _anchor(self) -> str:
+        """A special token that does not swallow the spaces after it; "" where the tokenizer has none."""
+        for i, token in self.tokenizer.added_tokens_decoder.items():
+            if token.special and not token.rstrip:
+                ids = self.tokenizer(token.content + "a", add_special_tokens=False).input_ids
+                if ids[0] == i:
+                    return str(token.content)
+        return ""
+
+    @cached_property
+    def _gap(self) -> str:
+        """The space that the template puts between its generation prompt and the assistant's words."""
+        ask = [{"role": "user", "content": "x"}]
+        try:
+            asked = self._render(ask)
+            answered = self._render([*ask, {"role": "assistant", "content": "y"}], prompt=False)
+        except Unusable:
+            return ""
+        gap = answered[len(asked) :].partition("y")[0] if answered.startswith(asked) else ""
+        return gap if gap.isspace() else ""
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise Unusable("invalid_unicode", f"character {error.start} is half of a surrogate pair") from None

@@ -1,0 +1,156 @@
+"""What the figures of an evaluation say in plain words: better, worse or not told apart, and what is unsure."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+# Below this no sign-flip test can reach p < 0.05 (2 / 2**5 = 0.0625), and a bootstrap interval is too narrow.
+MIN_PROMPTS = 6
+
+OutcomeName = Literal["better", "worse", "not told apart"]
+
+
+class Verdict(NamedTuple):
+    """`outcome` for programs and headings, `sentence` for people."""
+
+    outcome: OutcomeName
+    sentence: str
+
+
+def digits_for(low: float, high: float) -> int:
+    """Decimals that show an interval with two digits of its half-width, at least 2 and at most 4."""
+    half = (high - low) / 2
+    return 2 if half <= 0 else min(4, max(2, 1 - math.floor(math.log10(half))))
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """A difference with its sign: +0.31, -0.02; zero is +0.00."""
+    text = f"{value:+.{digits}f}"
+    return text.replace("-", "+", 1) if float(text) == 0 else text
+
+
+def span(interval: Sequence[float]) -> str:
+    """An interval in words: "+0.06 to +0.33"."""
+    low, high = interval
+    digits = digits_for(low, high)
+    return f"{signed(low, digits)} to {signed(high, digits)}"
+
+
+def p_text(p: float) -> str:
+    """A p value for a sentence: "p = 0.012", "p < 0.001"."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
+
+
+def verdict(metrics: Mapping[str, Any]) -> Verdict:
+    """Read the gain of `metrics["reward"]`: told apart only where its 95% interval leaves zero out."""
+    reward = metrics["reward"]
+    gain, (low, high), prompts = reward["gain"], reward["interval"], reward["prompts"]
+    digits = digits_for(low, high)
+    seen = not metrics["judge"].get("unseen", True)
+    judge = "a reward model that training used too" if seen else "a reward model that training never saw"
+    in_sd = reward.get("gain_in_sd")
+    size = f", {signed(in_sd['gain'])} standard deviations" if in_sd else ""
+    facts = f"95% interval {span((low, high))}{size}, {p_text(reward['p_value'])}, {_prompts(prompts)}"
+    moved = "unchanged" if gain == 0 else f"{abs(gain):.{digits}f} {'higher' if gain > 0 else 'lower'}"
+    if prompts < MIN_PROMPTS:
+        return Verdict(
+            "not told apart",
+            f"Too few prompts to tell ({prompts}; at least {MIN_PROMPTS} are needed): the mean reward is {moved} "
+            f"under {judge}.",
+        )
+    if low > 0:
+        return Verdict("better", f"The trained policy is better: its mean reward is {moved} under {judge} ({facts}).")
+    if high < 0:
+        return Verdict("worse", f"The trained policy is worse: its mean reward is {moved} under {judge} ({facts}).")
+    return Verdict(
+        "not told apart",
+        f"The two policies are not told apart: the trained policy's mean reward is {moved} under {judge}, but the "
+        f"interval includes zero ({facts}).",
+    )
+
+
+def doubts(metrics: Mapping[str, Any]) -> list[str]:
+    """What a careful reader would hold against the verdict, one sentence each, weightiest first."""
+    reward, judge, lengths = metrics["reward"], metrics["judge"], metrics["lengths"]
+    outcome = verdict(metrics).outcome
+    out: list[str] = []
+    if not judge.get("unseen", True):
+        out.append(
+            "The judge is the reward model that training used: a gain may be that model's weakness found, not better "
+            "answers."
+        )
+    if outcome == "not told apart" and reward["prompts"] >= MIN_PROMPTS:
+        out.append(
+            f"The interval includes zero: with {_prompts(reward['prompts'])} a true gain anywhere from "
+            f"{span(reward['interval'])} would look like this."
+        )
+    if (outcome != "not told apart") != (reward["p_value"] < 0.05) and reward["prompts"] >= MIN_PROMPTS:
+        out.append(f"Interval and sign-flip test do not agree ({p_text(reward['p_value'])}): the case is borderline.")
+    out += _judge_doubts(metrics, outcome)
+    adjusted = metrics.get("length_adjusted")
+    length_low, length_high = lengths["interval"]
+    if length_low > 0 or length_high < 0:
+        change = lengths["gain"] / lengths["base"]["mean"] if lengths["base"]["mean"] else 0.0
+        if abs(change) >= 0.1:
+            out.append(
+                f"The trained policy's answers are {abs(change):.0%} {'longer' if change > 0 else 'shorter'}; a judge "
+                "that likes length would be moved by that alone."
+            )
+    if outcome == "better" and adjusted and adjusted["interval"][0] <= 0:
+        out.append(
+            f"At equal length the gain is {signed(adjusted['gain'], digits_for(*adjusted['interval']))}, and its "
+            f"interval from {span(adjusted['interval'])} includes zero."
+        )
+    out += _style_doubts(metrics)
+    out.append(
+        "The interval covers the choice of prompts, not the randomness of training: another seed may give another gain."
+    )
+    return out
+
+
+def _judge_doubts(metrics: Mapping[str, Any], outcome: OutcomeName) -> list[str]:
+    judge, out = metrics["judge"], []
+    accuracy = judge.get("held_out_accuracy")
+    if accuracy and accuracy["interval"][0] <= 0.5:
+        out.append(
+            f"The judge itself is weak: on held-out pairs it is right in {accuracy['value']:.0%}, and its interval "
+            "reaches down to chance."
+        )
+    interval = judge.get("agreement_interval")
+    if judge["agreement"] is None:
+        out.append("On no prompt do both reward models prefer one answer: how far they agree cannot be said.")
+    elif interval and interval[0] <= 0.5:
+        word = "no more often than chance would" if judge["agreement"] <= 0.5 else "hardly more often than chance"
+        out.append(
+            f"The two reward models prefer the same answer in {judge['agreement']:.0%} of the prompts, {word} "
+            f"(interval {interval[0]:.0%} to {interval[1]:.0%})."
+        )
+    seen = metrics.get("training_reward")
+    if seen and seen["interval"][0] > 0 and outcome != "better":
+        out.append(
+            f"The training reward rose ({signed(seen['gain'])}) and the unseen one did not: training may have learnt "
+            "what its reward model likes, not what is better."
+        )
+    return out
+
+
+def _style_doubts(metrics: Mapping[str, Any]) -> list[str]:
+    out = []
+    finish, repetition = metrics["finish"], metrics["repetition"]
+    cut, cut_before = finish["trained"]["truncation_rate"], finish["base"]["truncation_rate"]
+    if cut >= 0.5:
+        out.append(f"{cut:.0%} of the trained policy's answers are cut at the token limit: the judge read beginnings.")
+    elif cut - cut_before >= 0.1:
+        out.append(
+            f"The trained policy stops by itself less often: {cut:.0%} of its answers are cut, {cut_before:.0%} before."
+        )
+    after, before = repetition["trained"].get("repetition_4"), repetition["base"].get("repetition_4")
+    if after is not None and before is not None and after - before >= 0.1:
+        out.append(
+            f"The trained policy repeats itself more: {after:.0%} of its 4-grams occurred before, {before:.0%} so far."
+        )
+    return out
+
+
+def _prompts(count: int) -> str:
+    return f"{count:,} prompt{'' if count == 1 else 's'}"
