@@ -66,3 +66,10 @@ def hub_commit(name: str, revision: str | None) -> str:
             f"prepare.path hub:{name}: the Hub does not answer ({reason}); check name, network and HF_TOKEN, or set "
             "prepare.revision to a commit that is cached"
         ) from None
+
+
+def weights_file_digest(path: str, home: Home) -> str:
+    """Digest of a file of pair weights. Raises UserError when there is none."""
+    if not Path(path).is_file():
+        raise UserError(f"rescore.noise.file: no file at {path}; give a Parquet file of pair weights")
+    return home.digests.of(Path(path))

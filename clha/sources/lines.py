@@ -41,7 +41,7 @@ def json_lines(file: Path, meter: Meter) -> Iterator[tuple[int, Any | Unusable]]
                 meter.done = before + raw.tell()
                 if number == 1:
                     line = line.removeprefix(_BOM)
-                if len(line) > MAX_LINE_BYTES:
+                if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
                     _skip_line(lines, line)
                     yield number, Unusable("line_too_long", f"the line has more than {MAX_LINE_BYTES >> 20} MiB")
                 elif line.strip():
