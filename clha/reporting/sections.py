@@ -1,0 +1,355 @@
+"""The sections of the report, worked out from the artifacts of a run: without its artifacts a section is left out."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import yaml
+
+from clha.evaluation.verdict import doubts, verdict
+from clha.reporting import figures
+from clha.reporting.drawing import Drawn
+from clha.reporting.examples import answer_examples, pair_examples
+from clha.reporting.tables import (
+    Floats,
+    Pairs,
+    paired_scores,
+    pairs_of,
+    quarantine_counts,
+    split_counts,
+)
+from clha.reporting.text import duration, literal, number, percent, size
+from clha.runs import Run
+from clha.schema import SPLITS
+from clha.store import Artifact, read_parquet
+
+Section = dict[str, Any]
+Nodes = Mapping[str, Artifact]
+
+
+def result_section(nodes: Nodes, run: Run) -> Section | None:
+    """Verdict, doubts, figures and examples of the evaluation."""
+    if not {"evaluate", "prepare", "answers.base", "answers.trained"} <= nodes.keys():
+        return None
+    metrics = read_json(nodes["evaluate"], "metrics.json")
+    scores = paired_scores(nodes["evaluate"].read("scores"))
+    reward = metrics["reward"]
+    drawn = [
+        figures.gain_overview(_bars(metrics)),
+        figures.reward_differences(
+            scores.gain, reward["gain"], reward["interval"], float(run.settings["evaluate"]["tie"])
+        ),
+        figures.lengths(scores.base_length, scores.trained_length),
+        figures.reward_against_length(
+            {"base": (scores.base_length, scores.base), "trained": (scores.trained_length, scores.trained)},
+            "reward-against-length",
+            "Does the judge like length?",
+            "reward by the judge",
+        ),
+    ]
+    said = verdict(metrics)
+    return {
+        "metrics": metrics,
+        "outcome": said.outcome,
+        "sentence": said.sentence,
+        "doubts": doubts(metrics),
+        "figures": drawn,
+        "measures": _measures(metrics),
+        "subsets": _subsets(metrics),
+        "examples": answer_examples(scores, nodes, run.name),
+    }
+
+
+def _bars(metrics: Mapping[str, Any]) -> list[figures.Bar]:
+    """The gain by several views, in standard deviations of the base's rewards where there are any."""
+    reward, training, adjusted = metrics["reward"], metrics["training_reward"], metrics["length_adjusted"]
+    in_sd = reward["gain_in_sd"]
+    bars = []
+    unit = reward["gain"] / in_sd["gain"] if in_sd and in_sd["gain"] else 1.0
+
+    def bar(label: str, gain: float, interval: list[float], scale: float, main: bool = False) -> None:
+        bars.append(figures.Bar(label, gain / scale, interval[0] / scale, interval[1] / scale, main))
+
+    if in_sd:
+        bar("unseen judge" if metrics["judge"]["unseen"] else "judge", in_sd["gain"], in_sd["interval"], 1.0, True)
+    else:
+        bar("judge", reward["gain"], reward["interval"], 1.0, True)
+    if adjusted:
+        bar("same, at equal length", adjusted["gain"], adjusted["interval"], unit)
+    if training["gain_in_sd"]:
+        bar("training reward", training["gain_in_sd"]["gain"], training["gain_in_sd"]["interval"], 1.0)
+    subsets = metrics["subsets"]
+    if len(subsets) > 1:
+        largest = sorted(subsets.items(), key=lambda s: -s[1]["reward"]["prompts"])[:8]
+        for name, part in largest:
+            bar(f"judge: {literal(name, 24) or 'no subset'}", part["reward"]["gain"], part["reward"]["interval"], unit)
+    return bars
+
+
+def _measures(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Rows of the table of measures: label, base, trained, change and its interval, note."""
+    out: list[dict[str, str]] = []
+
+    def row(label: str, base: str, trained: str, change: str = "", note: str = "") -> None:
+        out.append({"label": label, "base": base, "trained": trained, "change": change, "note": note})
+
+    def reward_row(label: str, r: Mapping[str, Any], note: str) -> None:
+        change = f"{number(r['gain'], 3, True)} [{number(r['interval'][0], 3)}, {number(r['interval'][1], 3)}]"
+        row(label, number(r["base"], 3), number(r["trained"], 3), change, note)
+
+    reward, training, adjusted = metrics["reward"], metrics["training_reward"], metrics["length_adjusted"]
+    reward_row("Reward", reward, "by the judge")
+    reward_row("Reward, sigmoid", reward["sigmoid"], "mean of sigmoid(reward), as the paper reports it")
+    if adjusted:
+        change = f"{number(adjusted['gain'], 3, True)} [{number(adjusted['interval'][0], 3)}, "
+        change += f"{number(adjusted['interval'][1], 3)}]"
+        row("Reward at equal length", "", "", change, f"{number(adjusted['per_token'], None, True)} per token more")
+    reward_row("Training reward", training, "by the model that training used: seen")
+    lengths, finish = metrics["lengths"], metrics["finish"]
+    change = f"{number(lengths['gain'], 1, True)} [{number(lengths['interval'][0], 1)}, "
+    change += f"{number(lengths['interval'][1], 1)}]"
+    row("Length, mean", number(lengths["base"]["mean"], 1), number(lengths["trained"]["mean"], 1), change, "tokens")
+    row("Length, median", number(lengths["base"]["median"], 0), number(lengths["trained"]["median"], 0), "", "tokens")
+    for key, label in (
+        ("eos_rate", "Ended by itself"),
+        ("stop_string_rate", "Ended at a stop string"),
+        ("truncation_rate", "Cut at the token limit"),
+        ("empty_rate", "Empty"),
+    ):
+        if key in ("eos_rate", "truncation_rate") or finish["base"][key] or finish["trained"][key]:
+            row(label, percent(finish["base"][key], 1), percent(finish["trained"][key], 1))
+    repetition, overlap = metrics["repetition"], metrics["overlap"]
+    for key, label, note in (
+        ("repetition_4", "Repetition", "4-grams that occurred before in the answer"),
+        ("distinct_2", "distinct-2", "distinct bigrams over all; falls with length"),
+    ):
+        row(label, percent(repetition["base"][key], 1), percent(repetition["trained"][key], 1), "", note)
+    if overlap["prompts"]:
+        on = f"against the chosen response of {overlap['prompts']:,} prompts"
+        bleu, legacy = overlap["sacrebleu"], overlap["bleu_char_legacy"]
+        row("sacrebleu", number(bleu["base"], 2), number(bleu["trained"], 2), "", on)
+        row("bleu_char_legacy", number(legacy["base"], 2), number(legacy["trained"], 2), "", f"of characters, {on}")
+    return out
+
+
+def _subsets(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    rows = [{"name": literal(name, 60) or "–", **part} for name, part in metrics["subsets"].items()]
+    return sorted(rows, key=lambda r: -r["reward"]["prompts"]) if len(rows) > 1 else []
+
+
+def noise_section(nodes: Nodes, run: Run) -> Section | None:
+    """Rewards of the candidates, pairs kept and dropped, the least and the most trusted ones."""
+    if not {"prepare", "generate", "score", "weigh"} <= nodes.keys():
+        return None
+    rewards = nodes["score"].read("rewards", ["prompt_id", "candidate_id", "reward"])
+    pairs = pairs_of(rewards, nodes["weigh"].read("weights"))
+    facts = nodes["weigh"].manifest
+    noise = run.settings["rescore"]["noise"]
+    cut = facts.get("gap")
+    candidates = _scored_candidates(nodes)
+    drawn = [figures.candidate_rewards(_by_origin(candidates), pairs.best_reward, _sft_threshold(nodes, run))]
+    if len(pairs.gap):
+        drawn.append(figures.pair_gaps(pairs.gap, pairs.kept, cut))
+        drawn.append(figures.kept_by_distance(_kept_by_distance(pairs)))
+    drawn.append(
+        figures.reward_against_length(
+            {"base": (candidates["length"].to_numpy().astype(np.float64), candidates["reward"].to_numpy())},
+            "candidate-length",
+            "Does the training reward model like length?",
+            "reward of the candidate",
+        )
+    )
+    log_odds = run.settings["rescore"]["reward"]["type"] == "fitted"
+    return {
+        "figures": drawn,
+        "method": noise["method"],
+        "pairs": len(pairs.gap),
+        "kept": int(pairs.kept.sum()),
+        "share": float(pairs.kept.mean()) if len(pairs.gap) else None,
+        "effective": pairs.effective_sample_size,
+        "cut": cut,
+        "prompts": len(pairs.prompt_ids),
+        "prompts_without_pairs": len(pairs.prompt_ids) - len(np.unique(pairs.prompt[pairs.kept])),
+        "sft_share": float((pairs.sft_lambda > 0).mean()) if len(pairs.prompt_ids) else None,
+        "probabilities": log_odds,
+        "examples": pair_examples(pairs, nodes, log_odds) if len(pairs.gap) else {},
+    }
+
+
+def _scored_candidates(nodes: Nodes) -> pa.Table:
+    """origin, length (tokens) and reward of all scored candidates, joined by id."""
+    shards = []
+    for shard in nodes["generate"].shards("candidates"):  # one by one: token IDs are large
+        read = read_parquet(shard, ["prompt_id", "candidate_id", "origin", "response_token_ids"])
+        length = pc.list_value_length(read["response_token_ids"])
+        shards.append(read.drop_columns(["response_token_ids"]).append_column("length", length))
+    reward = nodes["score"].read("rewards", ["prompt_id", "candidate_id", "reward"])
+    return pa.concat_tables(shards).join(reward, keys=["prompt_id", "candidate_id"], join_type="inner")
+
+
+def _by_origin(candidates: pa.Table) -> dict[str, Floats]:
+    """Rewards by origin."""
+    names = np.asarray(candidates["origin"].to_pylist())
+    values = candidates["reward"].to_numpy().astype(np.float64)
+    return {str(name): np.sort(values[names == name]) for name in sorted(set(names.tolist()))}
+
+
+def _sft_threshold(nodes: Nodes, run: Run) -> float | None:
+    stated = nodes["weigh"].manifest.get("sft_threshold", run.settings["rescore"]["sft_threshold"])
+    return float(stated) if isinstance(stated, int | float) else None
+
+
+def _kept_by_distance(pairs: Pairs) -> dict[int, float]:
+    return {int(d): float(pairs.kept[pairs.distance == d].mean()) for d in np.unique(pairs.distance)}
+
+
+def reward_section(nodes: Nodes) -> Section | None:
+    """Cards of the fitted reward models, their calibration, and how far they agree."""
+    cards, bins = [], {}
+    for node, title, use in (
+        ("fit_reward.train", "Training reward model", "ranks candidates; training sees it"),
+        ("fit_reward.eval", "Judge", "evaluation only; training never sees it"),
+    ):
+        if node not in nodes:
+            continue
+        fit = read_json(nodes[node], "fit.json")
+        config = read_json(nodes[node], "reward_model/config.json")
+        cards.append({"title": title, "use": use, "fit": fit, "config": config})
+        bins[title.lower()] = fit["calibration"]
+    drawn = [figures.reliability(bins)] if bins else []
+    if "evaluate" in nodes:
+        scores = paired_scores(nodes["evaluate"].read("scores"))
+        judge = read_json(nodes["evaluate"], "metrics.json")["judge"]
+        seen = scores.trained_training - scores.base_training
+        drawn.append(figures.judges_agree(scores.gain, seen, judge["agreement"], judge["correlation"]))
+    return {"cards": cards, "figures": drawn} if drawn else None
+
+
+def training_section(nodes: Nodes) -> Section | None:
+    """Learning curves and what training took."""
+    if "train" not in nodes:
+        return None
+    table = nodes["train"].read("metrics")
+    columns = {name: table[name].to_numpy(zero_copy_only=False).astype(np.float64) for name in table.column_names}
+    drawn = [f for f in (figures.learning_curves(columns), figures.better_and_worse(columns)) if f]
+    manifest = nodes["train"].manifest
+    last = {name: values[np.isfinite(values)][-1] for name, values in columns.items() if np.isfinite(values).any()}
+    return {
+        "figures": drawn,
+        "steps": int(columns["step"].max()) if len(columns["step"]) else 0,
+        "seconds": manifest["seconds"],
+        "memory": manifest.get("peak_memory_bytes"),
+        "last": {name: float(v) for name, v in last.items() if name != "step"},
+    }
+
+
+def data_section(nodes: Nodes) -> Section | None:
+    """Prompts per split and subset; what was quarantined, and why."""
+    if "prepare" not in nodes:
+        return None
+    prompts = nodes["prepare"].read("prompts", ["prompt_id", "subset", "split"])
+    rows = split_counts(prompts)
+    splits = [s for s in SPLITS if any(s in r for r in rows)]
+    total = {"subset": "all", "total": sum(r["total"] for r in rows)} | {
+        s: sum(r.get(s, 0) for r in rows) for s in splits
+    }
+    shown = [{**r, "subset": literal(r["subset"], 60) or "–"} for r in rows[:20]]
+    return {
+        "splits": splits,
+        "rows": [*shown, total] if len(rows) > 1 else shown,
+        "more": max(0, len(rows) - 20),
+        "quarantine": quarantine_counts(nodes),
+    }
+
+
+def making_section(nodes: Nodes, run: Run) -> Section:
+    """Where time and memory went, settings and versions."""
+    rows = [
+        {
+            "node": name,
+            "key": a.key,
+            "created": a.manifest["created"],
+            "seconds": a.manifest["seconds"],
+            "memory": a.manifest.get("peak_memory_bytes"),
+            "device": a.manifest.get("device") or "–",
+            "speed": a.manifest.get("tokens_per_second"),
+        }
+        for name, a in nodes.items()
+    ]
+    longest = max((r["seconds"] for r in rows), default=0) or 1
+    for row in rows:
+        row["share"] = row["seconds"] / longest
+    versions: dict[str, str] = {}
+    for artifact in nodes.values():
+        versions |= artifact.manifest.get("versions", {})
+    return {
+        "nodes": rows,
+        "seconds": sum(r["seconds"] for r in rows),
+        "versions": dict(sorted(versions.items())),
+        "settings": literal(yaml.safe_dump(run.settings, sort_keys=False, allow_unicode=True, width=100)),
+    }
+
+
+def chain_doubts(noise: Section | None, nodes: Nodes) -> list[str]:
+    """What the stages before evaluation give reason to doubt."""
+    out = []
+    if noise and noise["share"] is not None and noise["share"] < 0.25:
+        out.append(f"Only {percent(noise['share'])} of the pairs passed the noise rule: training saw little contrast.")
+    for name, artifact in nodes.items():
+        rows, bad = artifact.manifest["rows_in"], artifact.manifest["rows_quarantined"]
+        if rows and bad / rows >= 0.05:
+            out.append(f"{name} put {percent(bad / rows)} of its rows into quarantine: the rest may not stand for all.")
+    return out
+
+
+def tiles(result: Section | None, noise: Section | None, training: Section | None) -> list[dict[str, Any]]:
+    """The key figures: label, value, note; `bar` holds shares of wins, ties and losses."""
+    out: list[dict[str, Any]] = []
+    if result:
+        m = result["metrics"]
+        reward, judge, lengths, finish = m["reward"], m["judge"], m["lengths"], m["finish"]
+        in_sd = reward["gain_in_sd"] or {"gain": reward["gain"], "interval": reward["interval"]}
+        unit = "SD" if reward["gain_in_sd"] else ""
+        low, high = in_sd["interval"]
+        note = f"95% interval {number(low, 2, True)} to {number(high, 2, True)}"
+        out.append(
+            {"label": "Gain in reward", "value": f"{number(in_sd['gain'], 2, True)} {unit}".strip(), "note": note}
+        )
+        total = m["wins"] + m["ties"] + m["losses"]
+        bar = [m["wins"] / total, m["ties"] / total, m["losses"] / total]
+        note = f"{m['wins']} wins, {m['ties']} ties, {m['losses']} losses"
+        out.append({"label": "Better answers", "value": percent(bar[0]), "note": note, "bar": bar})
+        seen = m["training_reward"]["gain_in_sd"]
+        if seen:
+            low, high = seen["interval"]
+            note = f"seen in training; {number(low, 2, True)} to {number(high, 2, True)}"
+            out.append({"label": "Training reward", "value": f"{number(seen['gain'], 2, True)} SD", "note": note})
+        value = f"{number(lengths['base']['mean'], 1)} → {number(lengths['trained']['mean'], 1)}"
+        out.append({"label": "Answer length", "value": value, "note": "tokens, mean, before and after"})
+        value = f"{percent(finish['base']['eos_rate'])} → {percent(finish['trained']['eos_rate'])}"
+        out.append({"label": "Ends by itself", "value": value, "note": "answers with an end token"})
+        if judge["agreement"] is not None:
+            low, high = judge["agreement_interval"]
+            note = f"{percent(low)} to {percent(high)}; chance is 50%"
+            out.append({"label": "Reward models agree", "value": percent(judge["agreement"]), "note": note})
+    if noise and noise["share"] is not None:
+        note = f"{noise['kept']:,} of {noise['pairs']:,}"
+        out.append({"label": "Pairs kept", "value": percent(noise["share"]), "note": note})
+    if training:
+        note = f"{training['steps']:,} steps, peak memory {size(training['memory'])}"
+        out.append({"label": "Training", "value": duration(training["seconds"]), "note": note})
+    return out
+
+
+def all_figures(sections: Mapping[str, Section | None]) -> list[Drawn]:
+    """Every figure of the report, in order."""
+    return [f for s in sections.values() if s for f in s.get("figures", ())]
+
+
+def read_json(artifact: Artifact, name: str) -> dict[str, Any]:
+    """A JSON file of an artifact."""
+    content: dict[str, Any] = json.loads((artifact.folder / name).read_text(encoding="utf-8"))
+    return content
