@@ -55,7 +55,7 @@ class EncodedResponse:
 def load_chat(model: Path, chat_template: str = "model") -> "Chat":
     """The chat of the policy in folder `model`; `chat_template`: "model" (its own) or the name of a shipped one.
 
-    Raises UserError when the folder has no usable tokenizer or no chat template.
+    Raises UserError when the folder has no usable tokenizer, EOS or chat template.
     """
     from transformers import AutoTokenizer
 
@@ -64,14 +64,10 @@ def load_chat(model: Path, chat_template: str = "model") -> "Chat":
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{model}: has no tokenizer that can be read ({reason})") from None
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{model}: its tokenizer names no eos_token; add it to tokenizer_config.json")
     if chat_template != "model":
         source = (_SHIPPED / f"{chat_template}.jinja").read_text(encoding="utf-8")
         # The shipped templates leave BOS to the tokenizer's own habit, as plain text of a base model does.
         tokenizer.chat_template = ("{{- bos_token -}}" if _adds_bos(tokenizer) else "") + source
-    elif not isinstance(tokenizer.chat_template, str):
-        raise UserError(f"{model}: its tokenizer has no chat template; set policy.chat_template: hh for a base model")
     return Chat(tokenizer)
 
 
@@ -81,9 +77,16 @@ def _adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 
 class Chat:
-    """One policy's tokenizer and chat template."""
+    """One policy's tokenizer and chat template. Raises UserError when the tokenizer lacks EOS or a template."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        name = tokenizer.name_or_path
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"{name}: its tokenizer names no eos_token; add it to tokenizer_config.json")
+        if not isinstance(tokenizer.chat_template, str):
+            raise UserError(
+                f"{name}: its tokenizer has no chat template; for a base model set policy.chat_template: hh"
+            )
         self.tokenizer = tokenizer
         self.eos_id: int = tokenizer.eos_token_id
         added = {i: (t.content, t.special) for i, t in tokenizer.added_tokens_decoder.items()}
@@ -98,7 +101,7 @@ class Chat:
         self._control = re.compile("|".join(re.escape(s) for s in longest_first) or r"(?!)")
         self._overlapping = re.compile(f"(?=(?:{self._control.pattern}))")
 
-    def encode_prompt(self, messages: Messages, max_tokens: int) -> EncodedPrompt:
+    def encode_prompt(self, messages: Messages, max_tokens: int | None = None) -> EncodedPrompt:
         """Token ids of a prompt with the start of the assistant's turn; at most `max_tokens` of them.
 
         Too long ones lose their oldest turns, never the system turns at the start, until they fit; what is left
@@ -109,7 +112,7 @@ class Chat:
         if not kept or not kept[-1]["content"].strip():
             raise Unusable("empty_prompt", "the last turn is empty" if kept else "there are no turns")
         ids = self._encode(kept)
-        if len(ids) <= max_tokens:
+        if max_tokens is None or len(ids) <= max_tokens:
             return EncodedPrompt(ids, kept, 0)
         lead = next((i for i, m in enumerate(kept[:-1]) if m["role"] != "system"), len(kept) - 1)
         system, turns = kept[:lead], kept[lead:]

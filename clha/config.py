@@ -38,6 +38,8 @@ class Group(BaseModel):
             value = getattr(self, name)
             if isinstance(value, Group):
                 out[name] = value.key_settings()
+            elif isinstance(value, list) and value and all(isinstance(v, Group) for v in value):
+                out[name] = [v.key_settings() for v in value]
             else:
                 out[name] = self.model_dump(mode="json", include={name})[name]
         return out
@@ -103,6 +105,8 @@ class RewardFit(Group):
     l2: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     folds: Annotated[int, Field(ge=2)] = 5
     sft_quantile: Share = 0.25
+    # Heads fitted on bootstrap samples of the dialogues, whose disagreement rescoring can use; 1: one head on all.
+    members: Positive = 1
     seed: int = 0
     max_quarantined: Share = 0.1
     tokens_per_batch: Positive = execution(4096)
@@ -116,19 +120,33 @@ class FitReward(Group):
 
 
 class RewardModel(Group):
-    """A reward model: `fitted` is what fit_reward makes."""
+    """A reward model: `fitted` is what fit_reward makes, `ensemble` is several, `server` a vLLM pooling server."""
 
-    type: Literal["fitted", "sequence_classification"] = "fitted"
+    type: Literal["fitted", "sequence_classification", "gpt_neox_reward_model", "server", "ensemble"] = "fitted"
     model: str | None = execution(None)
+    url: str | None = execution(None)  # of the server, which has `model`; the key comes from VLLM_API_KEY
+    members: list["RewardModel"] = []  # of the ensemble
+    scale: Annotated[float, Field(gt=0)] = 1.0  # what a member's rewards are multiplied by
     max_tokens: Positive = 1024
     dtype: DType = "float32"
     tokens_per_batch: Positive = execution(4096)
 
     @model_validator(mode="after")
     def _model(self) -> "RewardModel":
-        if (self.type == "fitted") != (self.model is None):
-            raise ValueError("model must be given for every type but `fitted`, and only there")
+        if (self.type in ("fitted", "ensemble")) != (self.model is None):
+            raise ValueError("model must be given for every type but `fitted` and `ensemble`, and only there")
+        if (self.type == "server") != (self.url is not None):
+            raise ValueError("url must be given for type `server`, and only there")
+        if (self.type == "ensemble") != bool(self.members):
+            raise ValueError("members must be given for type `ensemble`, and only there")
+        if any(m.type == "ensemble" for m in self.members):
+            raise ValueError("an ensemble cannot be a member of an ensemble: list its members")
         return self
+
+    @property
+    def uses_fitted(self) -> bool:
+        """Whether it is, or has a member, that fit_reward makes."""
+        return self.type == "fitted" or any(m.type == "fitted" for m in self.members)
 
 
 class Engine(Group):
@@ -171,9 +189,26 @@ class Generate(Group):
 class Noise(Group):
     """How rewards become pair weights."""
 
-    method: Literal["reference", "quantile", "none"] = "reference"
-    gap: Annotated[float, Field(ge=0)] = 3.0
-    quantile: Share = 0.25
+    method: Literal["reference", "quantile", "calibrated", "soft_label", "from_column", "none"] = "reference"
+    gap: Annotated[float, Field(ge=0)] = 3.0  # reference: pairs within it are noise
+    quantile: Share = 0.25  # quantile: the gap is this quantile of the observed ones
+    # What turns reward differences into log-odds. reward_model: they are log-odds (Bradley-Terry models, fitted
+    # ones above all); labels: a factor fitted on the dataset pairs among the candidates; or the factor itself.
+    calibration: Literal["reward_model", "labels"] | Annotated[float, Field(gt=0)] = "reward_model"
+    # Share of dataset labels taken for flipped; fit: estimated from the dataset pairs among the candidates.
+    flip_rate: Literal["fit"] | Annotated[float, Field(gt=0, lt=0.5)] = "fit"
+    # A dataset pair with p(label right) = p. weight: 2p - 1, nothing below one half; drop: 1, nothing below one
+    # half; flip: |2p - 1|, turned round below one half.
+    labels: Literal["weight", "drop", "flip"] = "weight"
+    # from_column: Parquet file with prompt_id, better, worse (candidate ids) and this column.
+    file: str | None = execution(None)  # enters the key by its digest
+    column: str = "weight"
+
+    @model_validator(mode="after")
+    def _file(self) -> "Noise":
+        if (self.method == "from_column") != (self.file is not None):
+            raise ValueError("file must be given when method is from_column, and only then")
+        return self
 
 
 class Rescore(Group):
@@ -214,6 +249,7 @@ class Train(Group):
 class Evaluate(Group):
     """Answers of both policies to the test prompts, judged by a reward model that training never saw."""
 
+    split: Literal["test", "dev"] = "test"  # dev: to choose settings by; test: once, at the end
     max_tokens: Positive = 128
     stop: list[str] = []
     reward: RewardModel = RewardModel()
@@ -257,7 +293,7 @@ class Settings(Group):
 
     @model_validator(mode="after")
     def _fitted(self) -> "Settings":
-        fitted = [n for n in ("rescore", "evaluate") if getattr(self, n).reward.type == "fitted"]
+        fitted = [n for n in ("rescore", "evaluate") if getattr(self, n).reward.uses_fitted]
         if fitted and self.fit_reward is None:
             raise ValueError(f"{fitted[0]}.reward.type is fitted, but there is no fit_reward")
         if self.rescore.sft_threshold == "fitted" and self.rescore.reward.type != "fitted":
@@ -278,6 +314,7 @@ _PATHS = (
     "fit_reward.train.encoder",
     "fit_reward.eval.encoder",
     "rescore.reward.model",
+    "rescore.noise.file",
     "evaluate.reward.model",
 )
 
@@ -388,6 +425,11 @@ def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
             group[last] = _resolved(value, folder, dotted)
         elif isinstance(value, list):
             group[last] = [_resolved(v, folder, dotted) if isinstance(v, str) else v for v in value]
+    for user in ("rescore", "evaluate"):
+        reward = (tree.get(user) or {}).get("reward") if isinstance(tree.get(user), dict) else None
+        for member in (reward.get("members") or []) if isinstance(reward, dict) else []:
+            if isinstance(member, dict) and isinstance(member.get("model"), str):
+                member["model"] = _resolved(member["model"], folder, f"{user}.reward.members.model")
 
 
 def _resolved(value: str, folder: Path, dotted: str) -> str:
@@ -412,7 +454,7 @@ def _explain(error: ValidationError) -> str:
 
 def _known(path: list[str]) -> list[str]:
     model: Any = Settings
-    for part in path:
+    for part in (p for p in path if not p.isdigit()):
         annotation = model.model_fields[part].annotation
         options = (annotation, *getattr(annotation, "__args__", ()))
         model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))

@@ -244,7 +244,8 @@ def pro_loss(
 
     Per prompt, for t = 1..n-1: -log(e^{s_t T+} / (e^{s_t T+} + sum over j > t of e^{s_j T_j})) with
     s = sum_logps / response_lengths, T_j = r_t - r_j and T+ the largest T_j; plus
-    sft_weight * (n_b - 1)^2 times the negative log-likelihood (token sum) of the best. Mean over `prompt_count` prompts.
+    sft_weight * (n_b - 1)^2 times the negative log-likelihood (token sum) of the best. Mean over `prompt_count`
+    prompts.
 
     Raises:
         ValueError: unsorted or NaN rewards.

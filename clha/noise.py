@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+from scipy.special import expit
+from scipy.stats import norm, rankdata
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -105,3 +108,140 @@ def count_pairs(weights: Floats) -> PairCounts:
 def effective_sample_size(total: float, total_of_squares: float) -> float:
     """(sum w)^2 / sum w^2 (Kish 1965): as many equally weighted pairs would say as much; 0 without weights."""
     return total * total / total_of_squares if total_of_squares > 0 else 0.0
+
+
+def pair_probability(member_differences: Floats, factors: Floats) -> Floats:
+    """P(the first of a pair is the better one), from M reward models that each say d_m: [..., M] -> [...].
+
+    Each is calibrated, l_m = a_m d_m with a_m > 0 (`factors` [M]); their mean l is shrunk by their disagreement s
+    (standard deviation, ddof 1; 0 for one model): p = sigmoid(l / sqrt(1 + pi s^2 / 8)), the mean of a sigmoid over
+    a normal l (MacKay 1992). Swapping the pair gives 1 - p. Raises ValueError for NaN and for a factor that is not
+    above 0.
+    """
+    require_finite(member_differences)
+    if not (np.asarray(factors) > 0).all():
+        raise ValueError(f"calibration factors must be above 0: {factors}")
+    logits = member_differences * factors
+    mean = logits.mean(axis=-1)
+    if logits.shape[-1] == 1:
+        return np.asarray(expit(mean))
+    variance = logits.var(axis=-1, ddof=1)
+    return np.asarray(expit(mean / np.sqrt(1 + np.pi * variance / 8)))
+
+
+def label_probability(p: Floats, flip_rate: float) -> Floats:
+    """P(label right | reward models): p(1-e) / (p(1-e) + (1-p)e), where annotators flip a share e of the labels.
+
+    `p`: what the reward models alone say of the labelled order. Raises ValueError unless 0 < e < 1: with e = 0 every
+    label would be right whatever the models say.
+    """
+    if not 0 < flip_rate < 1:
+        raise ValueError(f"flip_rate must lie between 0 and 1, both excluded: it is {flip_rate}")
+    right = p * (1 - flip_rate)
+    return np.asarray(right / (right + (1 - p) * flip_rate))
+
+
+def trust_weight(p: Floats) -> Floats:
+    """w = clip(2p - 1, 0, 1): the first-order form of a loss whose labels are smoothed by 1 - p."""
+    return np.asarray(np.clip(2 * p - 1, 0.0, 1.0))
+
+
+def mean_one_scale(total: float, kept: int) -> float:
+    """The factor that gives `kept` weights of sum `total` the mean 1; 1 where there are none."""
+    return kept / total if total > 0 else 1.0
+
+
+class FlipRate(NamedTuple):
+    """Share of flipped labels with its 95% profile interval, and the calibration factor found with it."""
+
+    estimate: float
+    low: float
+    high: float
+    factor: float
+
+
+# Limits of an estimated flip rate: 0 would make every label right, above 1/2 labels would mean their opposite.
+FLIP_LIMITS = (1e-3, 0.499)
+
+
+def fit_flip_rate(margins: Floats, factor: float | None = None) -> FlipRate:
+    """The share e of flipped labels that margins d = r(chosen) - r(rejected) [N] speak for.
+
+    Maximises the sum of log((1-e) sigmoid(a d) + e sigmoid(-a d)) over e and a, or over e alone where the
+    calibration `factor` a is known from labels that can be trusted. The interval holds every e whose profile
+    likelihood is within 1.92 of the best (95%); it is wide for a weak reward model, and may be all of [0, 1/2].
+    """
+    require_finite(margins)
+    size = float(np.sqrt(np.mean(np.square(margins)))) if margins.size else 0.0
+    if size == 0:
+        return FlipRate(FLIP_LIMITS[1], *FLIP_LIMITS, factor or 1.0)
+    scaled = margins / size
+
+    def at(e: float) -> tuple[float, float]:
+        """(largest log-likelihood, log of the factor for `scaled`) at flip rate e."""
+        if factor is not None:
+            return _mixture_likelihood(scaled, factor * size, e), float(np.log(factor * size))
+        return _best_factor(scaled, e)
+
+    grid = np.linspace(*FLIP_LIMITS, 40)
+    likelihood = np.array([at(e)[0] for e in grid])
+    best = int(np.argmax(likelihood))
+    near = (grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)])
+    found = minimize_scalar(lambda e: -at(e)[0], bounds=near, method="bounded", options={"xatol": 1e-5})
+    top, log_factor = at(float(found.x))
+    within = grid[likelihood >= top - 1.92]
+    low, high = (float(within[0]), float(within[-1])) if within.size else (float(found.x), float(found.x))
+    return FlipRate(
+        float(found.x), min(low, float(found.x)), max(high, float(found.x)), float(np.exp(log_factor) / size)
+    )
+
+
+def fit_factor(margins: Floats, flip_rate: float) -> float:
+    """The calibration factor a > 0 at a known share of flipped labels; see `fit_flip_rate`."""
+    require_finite(margins)
+    size = float(np.sqrt(np.mean(np.square(margins)))) if margins.size else 0.0
+    return float(np.exp(_best_factor(margins / size, flip_rate)[1]) / size) if size else 1.0
+
+
+def _best_factor(margins: Floats, e: float) -> tuple[float, float]:
+    """(largest log-likelihood, log of its factor) at flip rate e, for margins of unit size."""
+    found = minimize_scalar(
+        lambda log_a: -_mixture_likelihood(margins, np.exp(log_a), e),
+        bounds=(np.log(1e-3), np.log(1e3)),
+        method="bounded",
+        options={"xatol": 1e-4},
+    )
+    return -float(found.fun), float(found.x)
+
+
+def _mixture_likelihood(margins: Floats, factor: float, e: float) -> float:
+    return float(np.log((1 - e) * expit(factor * margins) + e * expit(-factor * margins)).sum())
+
+
+def auroc(scores: Floats, truth: Bools) -> float:
+    """P(a positive scores above a negative), ties counting half; NaN where one kind is absent."""
+    positives, negatives = int(truth.sum()), int((~truth).sum())
+    if not positives or not negatives:
+        return float("nan")
+    ranks = rankdata(scores)
+    return float((ranks[truth].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def auprc(scores: Floats, truth: Bools) -> float:
+    """Average precision: the mean, over positives, of the precision at their score; NaN without positives."""
+    if not truth.any():
+        return float("nan")
+    order = np.argsort(-scores, kind="stable")
+    hits = np.cumsum(truth[order])
+    last = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)  # the last place of each score
+    precision = hits[last] / (last + 1)
+    gained = np.diff(np.concatenate([[0], hits[last]]))
+    return float((precision * gained).sum() / hits[-1])
+
+
+def theory_auroc(accuracy: float) -> float:
+    """AUROC of finding flipped labels by a reward model of this accuracy with Gaussian margins.
+
+    Phi(sqrt(2) Phi^-1(a)), whatever the flip rate: of two pairs, one flipped, the sum of two margins decides.
+    """
+    return float(norm.cdf(np.sqrt(2) * norm.ppf(accuracy)))

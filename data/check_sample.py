@@ -1,4 +1,4 @@
-"""Checks the sample data: `python data/check_sample.py [folder]` prints its figures and ends with 1 when one is out of bounds.
+"""Figures of the sample data: `python data/check_sample.py [folder]`; exit code 1 when one is out of bounds.
 
 What the figures guard against: pairs that can be told apart by length or by single words (a reward model would learn
 those instead of quality), and texts that come twice (a held-out prompt would have been seen in training).
@@ -60,7 +60,9 @@ def load(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 def length_only(pairs: list[dict[str, Any]], size: Any = lambda text: len(words(text))) -> Rate:
     """How often the longer response is the chosen one; ties count one half."""
-    right = [(size(p["chosen"]) > size(p["rejected"])) + 0.5 * (size(p["chosen"]) == size(p["rejected"])) for p in pairs]
+    right = [
+        (size(p["chosen"]) > size(p["rejected"])) + 0.5 * (size(p["chosen"]) == size(p["rejected"])) for p in pairs
+    ]
     return Rate(float(np.mean(right)), len(pairs))
 
 
@@ -176,7 +178,9 @@ def broken(found: dict[str, Any]) -> list[str]:
         f"fewer than {MIN_PAIRS} pairs": found["pairs"] < MIN_PAIRS,
         f"fewer than {MIN_PROMPTS} prompts": found["prompts without responses"] < MIN_PROMPTS,
         "length gives the answer away (words)": not low <= found["length-only accuracy (words)"].share <= high,
-        "length gives the answer away (characters)": not low <= found["length-only accuracy (characters)"].share <= high,
+        "length gives the answer away (characters)": not low
+        <= found["length-only accuracy (characters)"].share
+        <= high,
         "single words give the answer away": found["bag-of-words accuracy"].share > BAG_OF_WORDS,
         "a first user turn comes twice": found["first user turns that come twice"] > 0,
         "two prompts are nearly the same": nearest["prompts"] > PROMPT_SIMILARITY,

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -14,7 +15,7 @@ from typer import Option
 
 if TYPE_CHECKING:
     from clha.store import Home
-    from flows.launch import Job, Request
+    from flows.launch import Job
     from flows.server import Server
     from flows.terminal import Terminal
 
@@ -91,41 +92,44 @@ def run(
                 with terminal:
                     launch.build_report(job.home, job.name, job.settings, terminal.listen)
             terminal.say(f"run {job.name}: nothing to do, {_count(len(planned), 'node')} up to date")
-        elif prefect:
-            _run_with_prefect(job, request, terminal)
         else:
             launch.begin(job)
-            _run_without_prefect(job, terminal)
+            (_run_with_prefect if prefect else _run_without_prefect)(job, terminal)
         _conclude(job, terminal, time.monotonic() - began)
 
 
 _FOREVER = 1e9
 
 
-def _run_with_prefect(job: "Job", request: "Request", terminal: "Terminal") -> None:
+def _run_with_prefect(job: "Job", terminal: "Terminal") -> None:
     from contextlib import ExitStack
 
     from flows import server
 
     with ExitStack() as stack:
-        found = server.find_server(job.home)
-        if found is None:
-            port = server.free_port()
-            terminal.say("starting a Prefect server for this run")
-            starting = server.running_server(
-                job.home, "127.0.0.1", port, remember=False, meanwhile=lambda it: _import_prefect(job.home, it)
-            )
-            found = stack.enter_context(starting)
-        terminal.say(f"run {job.name}: watch it at {found.ui}")
-        _import_prefect(job.home, found)
-        from flows.pipeline import run_pipeline
-
         try:
+            found = server.find_server(job.home)
+            if found is None:
+                terminal.say("starting a Prefect server for this run")
+                found = stack.enter_context(_own_server(job.home))
+            terminal.say(f"run {job.name}: watch it at {found.ui}")
+            _import_prefect(job.home, found)
+            from flows.pipeline import run_pipeline
+
             with terminal:
-                run_pipeline(replace(request, run=job.name), found, terminal.listen)
+                run_pipeline(job, found, terminal.listen)
         except server.ServerLost as lost:
             terminal.say(f"{lost}; the run goes on without it")
             _run_without_prefect(job, terminal)
+
+
+def _own_server(home: "Home") -> AbstractContextManager["Server"]:
+    """A server for this run only; Prefect is imported while it starts."""
+    from flows import server
+
+    return server.running_server(
+        home, "127.0.0.1", server.free_port(), remember=False, meanwhile=lambda it: _import_prefect(home, it)
+    )
 
 
 def _import_prefect(home: "Home", found: "Server") -> None:

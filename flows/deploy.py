@@ -7,7 +7,8 @@ from typing import Any
 from prefect import serve
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
 from prefect.deployments.runner import RunnerDeployment
-from prefect.schedules import Cron
+from prefect.schedules import Cron, Schedule
+from prefect.types.entrypoint import EntrypointType
 
 from clha.config import Settings
 from flows.pipeline import STAGE_FLOWS, pipeline
@@ -23,24 +24,21 @@ def deployments(
     """
     limit = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
     when = Cron(settings.schedule.cron, timezone=settings.schedule.timezone) if schedule else None
-    chain_parameters: dict[str, Any] = {
-        "home": str(home),
-        "config": str(config),
-        "profile": profile,
-        "overrides": list(overrides),
-    }
-    made = [
-        pipeline.to_deployment(
-            profile, parameters=chain_parameters, schedule=when, concurrency_limit=limit, tags=["clha"]
+    chain_parameters = {"home": str(home), "config": str(config), "profile": profile, "overrides": list(overrides)}
+    served: list[tuple[Any, dict[str, Any], Schedule | None]] = [(pipeline, chain_parameters, when)]
+    served += [(flow, {"home": str(home), "run": profile}, None) for flow in STAGE_FLOWS.values()]
+    return [
+        flow.to_deployment(
+            profile,
+            parameters=parameters,
+            schedule=start,
+            paused=False,  # ending `clha deploy` pauses the schedule; starting it again resumes
+            concurrency_limit=limit,
+            tags=["clha"],
+            entrypoint_type=EntrypointType.MODULE_PATH,
         )
+        for flow, parameters, start in served
     ]
-    for flow in STAGE_FLOWS.values():
-        made.append(
-            flow.to_deployment(  # type: ignore[attr-defined]
-                profile, parameters={"home": str(home), "run": profile}, concurrency_limit=limit, tags=["clha"]
-            )
-        )
-    return made
 
 
 def serve_all(made: Sequence[RunnerDeployment]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from clha.config import Settings, load_settings, settings_from
 from clha.digests import digest_of
 from clha.errors import StageFailure, UserError
-from clha.models import check_model_folder
+from clha.models import check_reference, resolve_model
 from clha.process import run_child
 from clha.progress import Event
 from clha.runs import Run, check_run_name, existing_run, load_run, run_lock, save_run
@@ -52,12 +52,12 @@ class Request:
 class Job:
     """A request with its settings checked. Nothing has been written for it yet."""
 
+    request: Request
     home: Home
     name: str
     profile: str
     settings: Settings
     stages: tuple[str, ...]
-    force: bool
 
     @property
     def nodes(self) -> list[chain.Node]:
@@ -77,7 +77,7 @@ def accept(request: Request) -> Job:
     if not chain.select_nodes(settings, stages):
         raise UserError(f"--only {request.only}: nothing to build, the settings give the reward models themselves")
     home.create()
-    return Job(home, name, profile, settings, stages, request.force)
+    return Job(request, home, name, profile, settings, stages)
 
 
 def _check_inputs(settings: Settings) -> None:
@@ -86,8 +86,7 @@ def _check_inputs(settings: Settings) -> None:
         if not path.startswith("hub:"):
             local_files(path)
     for reference in model_references(settings):
-        if ":" not in reference:
-            check_model_folder(Path(reference), reference)
+        check_reference(reference)
 
 
 def model_references(settings: Settings) -> list[str]:
@@ -101,7 +100,7 @@ def models_to_make(home: Home, settings: Settings) -> list[str]:
     return [name for name in bundled if not (home.models / name / "config.json").is_file()]
 
 
-_held: set[tuple[Path, str]] = set()
+_held: dict[tuple[Path, str], bool] = {}  # runs that this process holds the lock of -> whether they have begun
 
 
 @contextmanager
@@ -112,15 +111,17 @@ def locked(home: Home, name: str, wait_seconds: float = 0) -> Iterator[None]:
         yield
         return
     with run_lock(home, name, wait_seconds):
-        _held.add(mark)
+        _held[mark] = False
         try:
             yield
         finally:
-            _held.discard(mark)
+            del _held[mark]
 
 
 def plan(job: Job) -> list[chain.Planned]:
     """The nodes to build with their keys and states; other inputs are taken as the run recorded them."""
+    for reference in model_references(job.settings):
+        resolve_model(reference, job.home)  # a model that cannot be fetched is said now, not hours later
     run = load_run(job.home, job.name) or Run(job.name, job.profile, {})
     known = {node.name: node for node in chain.nodes(job.settings)}
     done: dict[str, Artifact] = {}
@@ -143,9 +144,17 @@ def plan(job: Job) -> list[chain.Planned]:
 
 
 def begin(job: Job) -> Run:
-    """Save today's settings in the run file before any work; `force` counts a new attempt for each node to build."""
+    """Save today's settings in the run file before any work; `force` counts a new attempt for each node to build.
+
+    Happens once while the run's lock is held: the command line begins a run, then the flow that it calls.
+    """
+    mark = (job.home.root, job.name)
+    if _held.get(mark):
+        return existing_run(job.home, job.name)
+    if mark in _held:
+        _held[mark] = True
     run = runner.start_run(job.home, job.name, job.profile, job.settings, load_run(job.home, job.name))
-    if job.force:
+    if job.request.force:
         for node in job.nodes:
             run.attempts[node.name] = run.attempts.get(node.name, 0) + 1
         run.note("forced", nodes=[node.name for node in job.nodes])

@@ -1,13 +1,17 @@
 """The whole chain as one Prefect flow, with a subflow for each stage."""
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import httpx
 from prefect import flow, runtime, task
 from prefect.cache_policies import NO_CACHE
+from prefect.events.worker import EventsWorker
+from prefect.logging.handlers import APILogWorker
 
 from clha.digests import seed_of
 from clha.errors import StageFailure, UserError
@@ -128,39 +132,38 @@ def last_run(home: Home, deployment: str, node: str) -> Run | None:
     return None
 
 
-def run_pipeline(request: launch.Request, server: Server, listener: runner.Listener) -> None:
+def run_pipeline(job: launch.Job, server: Server, listener: runner.Listener) -> None:
     """Run the chain in this process, seen by both the server and `listener`.
 
     Raises UserError or StageFailure as the stages do, and ServerLost when the server went away: what is finished by
     then is recorded in the run, so that it can go on without.
     """
+    logging.raiseExceptions = False  # log lines that a lost server did not take are no news for the terminal
+    request = job.request
     try:
         with watched_by(listener):
             pipeline(
-                run=request.run,
-                profile=request.profile,
+                run=job.name,
+                profile=job.profile,
                 config=str(request.config),
-                home=str(request.home),
+                home=str(job.home.root),
                 overrides=list(request.overrides),
                 from_stage=request.from_stage,
                 only=request.only,
                 force=request.force,
             )
     except (UserError, StageFailure):
+        flush()
         raise
     except Exception as error:
-        # Prefect's own errors are many once its server is gone; what counts is whether it is.
-        if answers(server.api, 5.0):
+        # Prefect's own errors are many once its server is gone; besides its client's, what counts is whether it is.
+        if not isinstance(error, httpx.HTTPError) and answers(server.api, 5.0):
             raise
         raise ServerLost(f"the Prefect server no longer answers ({type(error).__name__})") from error
-    finally:
-        flush()
+    flush()
 
 
 def flush() -> None:
     """Send what Prefect still holds back (log lines, task states) before the server is ended."""
-    from prefect.events.worker import EventsWorker
-    from prefect.logging.handlers import APILogWorker
-
     APILogWorker.drain_all(timeout=5)
     EventsWorker.drain_all(timeout=5)

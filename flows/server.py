@@ -25,11 +25,11 @@ from clha.process import end_group
 from clha.store import Home, write_atomic
 
 DEFAULT_PORT = 4200
-_START_SECONDS = 180.0
+_START_SECONDS = 90.0
 
 
-class ServerLost(Exception):
-    """The server went away while a run was being shown there."""
+class ServerLost(StageFailure):
+    """The server did not come up, or went away while a run was shown there: a run goes on without it."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def client_environment(home: Home, api: str | None) -> dict[str, str]:
 
 def quiet_console() -> dict[str, str]:
     """What keeps Prefect's own log lines off a terminal that shows our progress; the UI has them all."""
-    return {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL", "PREFECT_LOGGING_ROOT_LEVEL": "CRITICAL"}
+    return {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL", "PREFECT_LOGGING_HANDLERS_DEBUG_LEVEL": "CRITICAL"}
 
 
 def answers(api: str, timeout_seconds: float = 1.0) -> bool:
@@ -140,7 +140,7 @@ def running_server(
     """A server in a child process for as long as the block lasts; it also ends when this process is killed.
 
     `remember`: write where it listens to CLHA_HOME/prefect/server.json, so that `clha run` finds it. `meanwhile` is
-    called while the server starts. Raises UserError for a taken port, StageFailure when the server does not come up.
+    called while the server starts. Raises UserError for a taken port, ServerLost when the server does not come up.
     """
     check_port(host, port)
     home.create()
@@ -166,9 +166,9 @@ def running_server(
         deadline = time.monotonic() + _START_SECONDS
         while not answers(api):
             if child.poll() is not None:
-                raise StageFailure(f"the Prefect server ended with {child.returncode} at its start; log: {log}")
+                raise ServerLost(f"the Prefect server ended with {child.returncode} at its start (log: {log})")
             if time.monotonic() > deadline:
-                raise StageFailure(f"the Prefect server did not answer within {_START_SECONDS:g} s; log: {log}")
+                raise ServerLost(f"the Prefect server did not answer within {_START_SECONDS:g} s (log: {log})")
             time.sleep(0.1)
         if remember:
             body = {"url": api, "pid": child.pid, "started": datetime.now(UTC).isoformat(timespec="seconds")}

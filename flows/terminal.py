@@ -22,7 +22,7 @@ def node_line(node: str, event: Event) -> str:
     if manifest["rows_quarantined"]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(manifest["quarantined"].items()))
         text += f"  {manifest['rows_quarantined']} quarantined ({reasons})"
-    return f"{text}  {manifest['seconds']:.1f} s"
+    return f"{text}  {manifest['seconds']:.1f} s" if event["state"] == "built" else text
 
 
 class Terminal:

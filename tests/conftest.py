@@ -1,9 +1,12 @@
 """What the tests share: the folder of real data and goldens beside the project, and quiet, offline libraries."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+
+from clha.store import Home
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -24,4 +27,53 @@ def shared() -> Path:
     folder = ROOT.parent / "shared"
     if not folder.is_dir():
         pytest.skip("needs goldens and real data in ../shared, which are not part of the project")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The random two-layer model of the `smoke` profile, made once."""
+    from clha.tiny_model import write_tiny_model
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-random"
+    folder.mkdir()
+    write_tiny_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's policy; converted once (half a minute) where no run has done so yet."""
+    from clha.models import resolve_model
+
+    here = Home(root / ".clha")
+    made = (here.models / "smollm2-135m-instruct").is_dir()
+    home = here if made else Home(tmp_path_factory.mktemp("smollm2"))
+    return resolve_model("bundled:smollm2-135m-instruct", home.create()).path
+
+
+@pytest.fixture
+def home(tmp_path: Path, tiny_model: Path) -> Home:
+    """An empty CLHA_HOME that has the tiny model already."""
+    made = Home(tmp_path / "home").create()
+    shutil.copytree(tiny_model, made.models / tiny_model.name)
+    return made
+
+
+@pytest.fixture(scope="session")
+def smoke_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLHA_HOME in which `clha run --profile smoke` ended well: real vLLM, real Prefect. Never changed by a test."""
+    from chains import clha
+
+    folder = tmp_path_factory.mktemp("smoke") / "home"
+    done = clha(folder, "run", "--profile", "smoke", "--run", "smoke")
+    (folder / "output.txt").write_text(done.stdout)
+    return folder
+
+
+@pytest.fixture
+def smoke_copy(smoke_home: Path, tmp_path: Path) -> Path:
+    """A copy of `smoke_home` that a test may change."""
+    folder = tmp_path / "home"
+    shutil.copytree(smoke_home, folder, ignore=shutil.ignore_patterns("prefect", "locks"))
     return folder

@@ -1,4 +1,4 @@
-"""Greedy answers of one policy to the test prompts: the nodes `answers.base` and `answers.trained`."""
+"""Greedy answers of one policy to the held-out prompts: the nodes `answers.base` and `answers.trained`."""
 
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def build_answers(work: "Work") -> "Artifact":
-    """One greedy answer to each prompt of the test split, an empty one too; shard by shard, resumable.
+    """One greedy answer to each prompt of the split `evaluate.split`, an empty one too; shard by shard, resumable.
 
     The trained policy is always loaded into this process: a server has the base policy.
     """
@@ -31,7 +31,7 @@ def build_answers(work: "Work") -> "Artifact":
         engine = engine.model_copy(update={"mode": "in_process"})
     else:
         folder = work.models["policy"]
-    prompts = [p for p in work.inputs["prepare"].rows("prompts") if p["split"] == "test"]
+    prompts = [p for p in work.inputs["prepare"].rows("prompts") if p["split"] == settings.split]
     prompts.sort(key=lambda p: str(p["prompt_id"]))
     chat = load_chat(folder, work.settings.policy.chat_template)
     sampling = Sampling(
@@ -57,11 +57,21 @@ def build_answers(work: "Work") -> "Artifact":
                 "prompt_token_ids": encoded.token_ids,
                 "response_token_ids": response.token_ids,
                 "finish_reason": response.finish_reason,
+                "truncated_turns": encoded.truncated_turns,
                 "policy": policy,
             }
         ]
 
-    plan = Plan("answers", ANSWERS, prompts, settings.shard_size, generate.max_prompt_tokens, lambda prompt_id: None)
+    plan = Plan(
+        "answers",
+        ANSWERS,
+        prompts,
+        settings.shard_size,
+        generate.max_prompt_tokens,
+        settings.max_tokens,
+        lambda prompt_id: None,  # greedy
+        ("empty_responses",),
+    )
     done = generate_shards(
         work.writer,
         work.progress,

@@ -51,6 +51,7 @@ def compare(
     base: Scored,
     trained: Scored,
     *,
+    split: str,
     subsets: Sequence[str],
     references: Sequence[str | None],
     judge: dict[str, Any],
@@ -58,14 +59,15 @@ def compare(
 ) -> dict[str, Any]:
     """All figures of an evaluation, as plain JSON values.
 
-    `base`, `trained`: answers to the same P prompts in the same order. `subsets` [P]; `references` [P]: the dataset's
-    chosen response where the prompt has one. `judge`: what is known of the unseen reward model (`kind`, ...), kept
-    beside the agreement found here. Raises ValueError without prompts, or when the lengths differ.
+    `base`, `trained`: answers to the same P prompts, all of one `split`, in the same order. `subsets` [P];
+    `references` [P]: the dataset's chosen response where the prompt has one. `judge`: what is known of the unseen
+    reward model (`kind`, ...), kept beside the agreement found here. Raises ValueError without prompts, or when the
+    lengths differ.
     """
     prompts = len(base.rewards)
     if not prompts or {len(trained.rewards), len(subsets), len(references)} != {prompts}:
         raise ValueError("base, trained, subsets and references must hold the same prompts, at least one")
-    out = _core(base, trained, judge, sampling)
+    out: dict[str, Any] = {"split": split} | _core(base, trained, judge, sampling)
     lengths = trained.lengths - base.lengths
     adjusted = stats.length_adjusted_gain(trained.rewards - base.rewards, lengths, sampling.resamples, sampling.seed)
     out["length_adjusted"] = (

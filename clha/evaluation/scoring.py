@@ -10,7 +10,7 @@ import pyarrow as pa
 from clha.digests import digest_of
 from clha.errors import StageFailure, UserError
 from clha.evaluation.comparison import Sampling, Scored, compare
-from clha.rewards.adapters import load_scorer, scoring_device
+from clha.rewards.adapters import load_scorer, model_folders, scoring_device
 from clha.rewards.scoring import report_to
 from clha.rewards.texts import RewardInput, without_oldest_turns
 from clha.schema import SCORES
@@ -32,17 +32,22 @@ def build_scores(work: "Work") -> Artifact:
     """Build the artifact of an `evaluate` node: table `scores` and `metrics.json`.
 
     rows_in are the test prompts that at least one policy answered. Raises StageFailure for an answer to a prompt
-    outside the test split, UserError when too many prompts are lost or a reward model is constant.
+    outside the split, UserError when too many prompts are lost or a reward model is constant.
     """
     columns = ["prompt_id", "subset", "split", "messages", "chosen"]
-    prompts = {r["prompt_id"]: r for r in work.inputs["prepare"].rows("prompts", columns) if r["split"] == "test"}
+    split = work.settings.evaluate.split
+    prompts = {r["prompt_id"]: r for r in work.inputs["prepare"].rows("prompts", columns) if r["split"] == split}
     answers = {p: {r["prompt_id"]: r for r in work.inputs[f"answers.{p}"].rows("answers")} for p in POLICIES}
     ids = sorted(set(answers["base"]) | set(answers["trained"]))
     strangers = [i for i in ids if i not in prompts]
     if strangers:
-        raise StageFailure(f"{work.node}: {len(strangers)} answered prompts are not in the test split: {strangers[0]}")
+        raise StageFailure(
+            f"{work.node}: {len(strangers)} answered prompts are not in the {split} split: {strangers[0]}"
+        )
     if not ids:
-        raise UserError(f"{work.node}: no test prompt was answered; raise prepare.splits.test or give more prompts")
+        raise UserError(
+            f"{work.node}: no {split} prompt was answered; raise prepare.splits.{split} or give more prompts"
+        )
     pending = [(policy, i) for i in ids for policy in POLICIES if i in answers[policy]]
     rows = [_scored_row(prompts[i], answers[policy][i], policy) for policy, i in pending]
     # The same answer of both policies is scored once: a tie is then a tie, to the last digit.
@@ -50,7 +55,10 @@ def build_scores(work: "Work") -> Artifact:
     distinct = list(dict.fromkeys(labels))
     inputs = [RewardInput(without_oldest_turns(prompts[i]["messages"], turns), text) for i, turns, text in distinct]
 
-    same = _same_model(work)
+    ours, theirs = _models(work, "evaluate"), _models(work, "rescore")
+    seen = bool(set(ours) & set(theirs))
+    settings = work.settings
+    same = ours == theirs and settings.evaluate.reward.key_settings() == settings.rescore.reward.key_settings()
     for role, column in (("evaluate", "reward"), ("rescore", "training_reward")):
         if role == "evaluate" or not same:
             scored = dict(zip(distinct, _score(work, role, inputs, distinct), strict=True))
@@ -66,7 +74,7 @@ def build_scores(work: "Work") -> Artifact:
     work.check_quarantine(len(ids), work.settings.evaluate.max_quarantined, "evaluate.max_quarantined")
     if not kept:
         raise UserError(f"{work.node}: no prompt has two answers that can be scored; see {work.writer.folder}")
-    figures = _figures(work, kept, prompts, answers, seen=same)
+    figures = _figures(work, kept, prompts, answers, seen=seen)
     work.writer.write_bytes("metrics.json", json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False).encode())
     work.progress.log(figures["verdict"]["sentence"])
     return work.finish(
@@ -91,16 +99,14 @@ def _scored_row(prompt: Row, answer: Row, policy: str) -> Row:
     }
 
 
-def _same_model(work: "Work") -> bool:
-    """Whether judge and training reward model are one and the same: then nothing here is unseen."""
-    ours, theirs = work.settings.evaluate.reward, work.settings.rescore.reward
-    models = work.parts["models"]
-    return (
-        ours.type == theirs.type
-        and ours.type != "fitted"  # fitted ones have pairs of their own
-        and models["evaluate.reward"] == models["rescore.reward"]
-        and ours.key_settings() == theirs.key_settings()
-    )
+def _models(work: "Work", user: str) -> list[tuple[str, Any]]:
+    """Type and digest of each model of `rescore.reward` or `evaluate.reward`; fitted ones have pairs of their own."""
+    reward: RewardModel = getattr(work.settings, user).reward
+    roles = [f"{user}.reward.{i}" for i in range(len(reward.members))] or [f"{user}.reward"]
+    kinds = [m.type for m in reward.members] or [reward.type]
+    fitted = "fit_reward.eval" if user == "evaluate" else "fit_reward.train"
+    models, inputs = work.parts["models"], work.parts["inputs"]
+    return [(k, inputs[fitted] if k == "fitted" else models[r]) for k, r in zip(kinds, roles, strict=True)]
 
 
 def _score(work: "Work", role: str, inputs: list[RewardInput], labels: Sequence[Any]) -> list[tuple[float, bool, str]]:
@@ -118,7 +124,9 @@ def _score(work: "Work", role: str, inputs: list[RewardInput], labels: Sequence[
         path = work.writer.scratch / f"{role}-{digest_of(labels[chunk])[:24]}.parquet"
         if not path.is_file():
             if scorer is None:
-                scorer = load_scorer(settings, work.models[f"{role}.reward"], fitted.folder if fitted else None)
+                scorer = load_scorer(
+                    settings, model_folders(work.models, f"{role}.reward"), fitted.folder if fitted else None
+                )
             scored = scorer.score(inputs[chunk], report_to(work.progress, len(inputs), f"answers, {name}", done))
             problems = [scored.problems.get(i, "") for i in range(len(scored.rewards))]
             columns = {"reward": scored.rewards, "truncated": scored.truncated, "problem": problems}
@@ -190,6 +198,7 @@ def _figures(
     return compare(
         sides["base"],
         sides["trained"],
+        split=settings.split,
         subsets=[prompts[i]["subset"] or "" for i in kept],
         references=[(prompts[i]["chosen"] or [None])[0] for i in kept],
         judge={"kind": settings.reward.type, "unseen": not seen, "held_out_accuracy": _held_out(work)},

@@ -79,6 +79,8 @@ def doubts(metrics: Mapping[str, Any]) -> list[str]:
             "The judge is the reward model that training used: a gain may be that model's weakness found, not better "
             "answers."
         )
+    if metrics["split"] == "dev":
+        out.append("These are prompts of the dev split, by which settings are chosen: the gain may be flattering.")
     if outcome == "not told apart" and reward["prompts"] >= MIN_PROMPTS:
         out.append(
             f"The interval includes zero: with {_prompts(reward['prompts'])} a true gain anywhere from "

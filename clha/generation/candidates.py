@@ -9,6 +9,9 @@ from typing import Any
 from clha.chat import Chat, EncodedPrompt, Unusable
 from clha.generation.requests import Sample
 
+# What is counted while candidates are made.
+COUNTED = ("merged_candidates", "empty_responses", "unusable_dataset_responses")
+
 
 @dataclass(frozen=True)
 class Response:

@@ -13,9 +13,7 @@ from clha.errors import StageFailure, UserError
 from clha.generation.requests import Engine, Request, Result, Sample, Sampling
 from clha.progress import Progress
 
-_GIB = 1 << 30
-
-# On CPUs vLLM's defaults do not serve: see `_cpu_defaults`. Set before vllm and torch are imported.
+# What vLLM needs on CPUs beside its arguments.
 _CPU_ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the stage's thread count is set by OMP_NUM_THREADS
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -32,33 +30,17 @@ class InProcessEngine:
         Raises UserError for engine arguments that vLLM does not have and for what vLLM refuses, StageFailure when the
         model cannot be loaded.
         """
-        import torch
-
-        on_cpu = not torch.cuda.is_available()
-        if on_cpu:
-            for name, value in _CPU_ENVIRONMENT.items():
-                os.environ.setdefault(name, value)
+        arguments = engine_arguments(model, settings, sampling, seed)
         from vllm import EngineArgs, LLMEngine, SamplingParams
         from vllm.platforms import current_platform
         from vllm.sampling_params import RequestOutputKind
+        from vllm.usage.usage_lib import UsageContext
 
+        on_cpu = current_platform.is_cpu()
         check_engine_args(settings.args, (f.name for f in fields(EngineArgs)))
-        arguments: dict[str, Any] = {
-            "model": str(model),
-            "dtype": settings.dtype,
-            "max_model_len": settings.max_model_len,
-            "trust_remote_code": False,
-            "generation_config": "vllm",  # no sampling defaults from the model's folder
-            "logprobs_mode": "raw_logprobs",
-            "seed": seed % (1 << 31),
-            "disable_log_stats": False,  # the prefix cache is counted in them
-            # Text is needed to find stop strings only.
-            "skip_tokenizer_init": not sampling.stop,
-        }
-        if on_cpu:
-            arguments |= _cpu_defaults(settings)
         try:
-            self._engine = LLMEngine.from_engine_args(EngineArgs(**(arguments | settings.args)))
+            # Of the batch sizes that vLLM has for its uses, those of its offline `LLM` class.
+            self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments), UsageContext.LLM_CLASS)
         except (ValueError, TypeError, NotImplementedError) as error:  # pydantic's ValidationError is a ValueError
             raise UserError(f"generate.engine: vLLM refuses the settings: {_last_line(error)}") from error
         except RuntimeError as error:
@@ -77,8 +59,12 @@ class InProcessEngine:
         )
         self._pending = 0
         self._device = "cpu" if on_cpu else str(current_platform.get_device_name())
-        # Waiting requests beyond the running ones: the scheduler fills each free place at once.
-        self._capacity = max(2, 2 * self._engine.vllm_config.scheduler_config.max_num_seqs // sampling.n)
+        # A GPU is kept full: requests wait beyond the running ones, so that the end of a shard leaves no gap. A CPU is
+        # as fast with few sequences as with many; there each shard is drained and meets an empty prefix cache, so that
+        # it comes out bit for bit the same whatever was generated before it.
+        running = self._engine.vllm_config.scheduler_config.max_num_seqs
+        self._capacity = 1 if on_cpu else max(2, 2 * running // sampling.n)
+        self._drained = on_cpu
 
     @property
     def capacity(self) -> int:
@@ -93,6 +79,8 @@ class InProcessEngine:
 
         params = self._params.clone()
         params.seed = request.seed
+        if self._drained and not self._pending:
+            self._engine.reset_prefix_cache()
         self._engine.add_request(request.id, TokensPrompt(prompt_token_ids=request.token_ids), params)
         self._pending += 1
 
@@ -101,7 +89,8 @@ class InProcessEngine:
         for output in self._engine.step():
             if output.finished:
                 self._pending -= 1
-                results.append(Result(output.request_id, [_sample(o) for o in output.outputs if o is not None]))
+                samples: list[Any] = list(output.outputs)  # type: ignore[arg-type]  # never a pooling output here
+                results.append(Result(output.request_id, [_sample(s) for s in samples if s is not None]))
         return results
 
     @property
@@ -110,8 +99,14 @@ class InProcessEngine:
 
         return {"engine": {"name": "vllm", "version": __version__, "mode": "in_process"}, "device": self._device}
 
+    def tokens_generated(self) -> int | None:
+        return self._counter("vllm:generation_tokens")
+
     def prefix_cache_hits(self) -> int | None:
-        return int(sum(m.value for m in self._engine.get_metrics() if m.name == "vllm:prefix_cache_hits"))
+        return self._counter("vllm:prefix_cache_hits")
+
+    def _counter(self, name: str) -> int:
+        return int(sum(getattr(m, "value", 0) for m in self._engine.get_metrics() if m.name == name))
 
     def close(self) -> None:
         self._engine.engine_core.shutdown()
@@ -127,17 +122,35 @@ def check_engine_args(args: Mapping[str, Any], known: Any) -> None:
             raise UserError(f"generate.engine.args.{name}: vLLM has no such engine argument; {hint}")
 
 
-def _cpu_defaults(settings: EngineSettings) -> dict[str, Any]:
-    defaults: dict[str, Any] = {
-        "enforce_eager": True,
-        "distributed_executor_backend": "uni",
-        # Seeded sampling fails on CPUs when a prompt is split; so none is, and each must fit into a step.
-        "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(4096, settings.max_model_len),
+def engine_arguments(model: Path, settings: EngineSettings, sampling: Sampling, seed: int) -> dict[str, Any]:
+    """The arguments of vLLM's engine. Sets environment variables too: call it before vllm is imported."""
+    import torch
+
+    arguments: dict[str, Any] = {
+        "model": str(model),
+        "dtype": settings.dtype,
+        "max_model_len": settings.max_model_len,
+        "trust_remote_code": False,
+        "generation_config": "vllm",  # no sampling defaults from the model's folder
+        "logprobs_mode": "raw_logprobs",
+        "seed": seed % (1 << 31),
+        "disable_log_stats": False,  # tokens and the prefix cache are counted in them
+        "skip_tokenizer_init": not sampling.stop,  # text is needed to find stop strings only
     }
-    if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-        defaults["kv_cache_memory_bytes"] = 2 * _GIB  # vLLM's own default takes nearly all memory
-    return defaults
+    if not torch.cuda.is_available():
+        for name, value in _CPU_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        arguments |= {
+            "enforce_eager": True,
+            "distributed_executor_backend": "uni",
+            # Seeded sampling fails on CPUs when a prompt is split; so none is, and each must fit into a step.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(4096, settings.max_model_len),
+            "block_size": 32,  # the samples of a prompt share whole blocks: with vLLM's 128 hardly ever
+        }
+        if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+            arguments["kv_cache_memory_bytes"] = 1 << 30  # vLLM's own default takes nearly all memory
+    return arguments | settings.args
 
 
 def _sample(output: Any) -> Sample:
@@ -155,7 +168,7 @@ def open_engine(model: Path, settings: EngineSettings, sampling: Sampling, seed:
     if settings.mode == "server":
         from clha.generation.server import ServerEngine
 
-        return ServerEngine(settings, sampling)
+        return ServerEngine(model, settings, sampling)
     progress.log(f"loading {model.name} in vLLM")
     started = time.monotonic()
     engine = InProcessEngine(model, settings, sampling, seed)

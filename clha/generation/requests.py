@@ -55,7 +55,7 @@ class Engine(Protocol):
 
     @property
     def capacity(self) -> int:
-        """Requests that must be pending to keep it busy."""
+        """The next shard goes in when fewer requests than this are pending."""
         ...
 
     @property
@@ -72,6 +72,10 @@ class Engine(Protocol):
     @property
     def identity(self) -> dict[str, Any]:
         """Manifest fields `engine` {name, version, mode} and `device`."""
+        ...
+
+    def tokens_generated(self) -> int | None:
+        """Tokens generated so far, those of unfinished requests too, where known."""
         ...
 
     def prefix_cache_hits(self) -> int | None:
@@ -99,10 +103,10 @@ class Finished:
 
 
 def run_shards(engine: Engine, shards: Iterable[tuple[int, list[Request]]]) -> Iterator[Finished | list[Result]]:
-    """Feed shards to the engine and yield each when it is complete; between, the results as they come.
+    """Feed shards to the engine and yield each when it is complete; between, the results as they come, often none.
 
-    The next shard goes in before the last is drained, so that the end of a shard leaves no gap; no more than that, so
-    that little is lost when the process dies. Request ids must be unique among the shards.
+    The engine's `capacity` says how far the next shard overlaps the last ones. Request ids must be unique among the
+    shards.
     """
     source = iter(shards)
     opened: list[_Open] = []
@@ -126,8 +130,7 @@ def run_shards(engine: Engine, shards: Iterable[tuple[int, list[Request]]]) -> I
                 state = owner.pop(result.id)
                 state.waiting.discard(result.id)
                 state.results[result.id] = result
-            if results:
-                yield results
+            yield results
         for state in [s for s in opened if not s.waiting]:
             opened.remove(state)
             yield Finished(state.index, state.results)

@@ -21,6 +21,10 @@ Row = dict[str, Any]
 MakeRows = Callable[[Row, EncodedPrompt, Result, "Counter[str]"], list[Row]]
 
 
+_REPORT_SECONDS = 0.5
+_COUNTED = ("tokens_in", "tokens_out", "truncated_prompts")
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is generated: one table of an artifact, from prompts in shards."""
@@ -30,7 +34,9 @@ class Plan:
     prompts: Sequence[Row]  # of the table `prompts`, sorted by prompt_id
     shard_size: int
     max_prompt_tokens: int
+    tokens_per_prompt: int  # at most generated for one, all samples together
     seed_of: Callable[[str], int | None]  # seed of a prompt id
+    counted: Sequence[str] = ()  # counts that `make_rows` adds to, so that zeros are in the manifest too
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,7 @@ def generate_shards(
             hits = engine.prefix_cache_hits()
         finally:
             engine.close()
-    counts: Counter[str] = Counter()
+    counts = Counter(dict.fromkeys((*_COUNTED, *plan.counted), 0))
     identity: dict[str, Any] = {"device": "none"}
     for index in shards:
         record = json.loads(_record_path(writer, plan.table, index).read_text(encoding="utf-8"))
@@ -113,7 +119,7 @@ class _Run:
         self._writer, self._progress, self._plan, self._chat = writer, progress, plan, chat
         self._make_rows, self._engine, self._done = make_rows, engine, done
         self._tokens = 0
-        self._started = time.monotonic()
+        self._started = self._reported = time.monotonic()
         self._encoded: dict[str, EncodedPrompt] = {}
         self._refused: dict[str, Unusable] = {}
 
@@ -125,11 +131,22 @@ class _Run:
             else:
                 self._done += len(event)
                 self._tokens += sum(len(s.token_ids) for result in event for s in result.samples)
-            self._progress.update(self._done, len(self._plan.prompts), "prompts", f"{self._rate():.0f} tokens/s")
-        return round(self._rate(), 1)
+            self._report()
+        return round(self._tokens / self._seconds(), 1)
 
-    def _rate(self) -> float:
-        return self._tokens / max(time.monotonic() - self._started, 1e-9)
+    def _seconds(self) -> float:
+        return max(time.monotonic() - self._started, 1e-9)
+
+    def _report(self) -> None:
+        """Progress in prompts; tokens of unfinished ones count as the share of a prompt that they are at least."""
+        total, now = len(self._plan.prompts), time.monotonic()
+        if self._done < total and now < self._reported + _REPORT_SECONDS:
+            return
+        self._reported = now
+        tokens = max(self._engine.tokens_generated() or 0, self._tokens)
+        begun = int((tokens - self._tokens) / self._plan.tokens_per_prompt)
+        done = self._done if self._done == total else min(self._done + begun, total - 1)
+        self._progress.update(done, total, "prompts", f"{tokens / self._seconds():.0f} tokens/s")
 
     def _requests(self, todo: dict[int, Sequence[Row]]) -> Iterator[tuple[int, list[Request]]]:
         for index, prompts in todo.items():

@@ -1,11 +1,10 @@
 """Examples to read: answers side by side, and the pairs of candidates that are trusted least and most."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit
 
 from clha.digests import unit_of
 from clha.reporting.tables import PairedScores, Pairs, rows_by_id
@@ -68,11 +67,11 @@ ORIGINS = {
 
 
 def pair_examples(
-    pairs: Pairs, nodes: Mapping[str, Artifact], probabilities: bool, count: int = 10
+    pairs: Pairs, nodes: Mapping[str, Artifact], trust: Callable[[float], float] | None, count: int = 10
 ) -> dict[str, list[Example]]:
     """The `count` pairs that are trusted least (smallest gap, or a label against it) and most: {"least", "most"}.
 
-    One pair for each prompt. `probabilities`: rewards are log-odds, so that a gap is a probability of being right.
+    One pair for each prompt. `trust`: the probability that a pair with that gap is in the right order, if known.
     """
     order = np.argsort(pairs.gap, kind="stable")
     chosen = {"least": _one_each(pairs.prompt, order, count), "most": _one_each(pairs.prompt, order[::-1], count)}
@@ -104,7 +103,7 @@ def pair_examples(
             **conversation(prompts[pid]),
             "gap": float(pairs.gap[m]),
             "weight": float(pairs.weight[m]),
-            "probability": float(expit(pairs.gap[m])) if probabilities else None,
+            "probability": trust(float(pairs.gap[m])) if trust else None,
             "sides": sides,
         }
 

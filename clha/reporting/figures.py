@@ -134,7 +134,7 @@ def reward_against_length(points: Mapping[str, tuple[Floats, Floats]], name: str
         for role, (x, y) in points.items():
             at = _some(len(x))
             color = PALETTE[role]
-            axis.scatter(x[at], y[at], s=9, color=color, alpha=0.5, linewidths=0, label=role)
+            axis.scatter(x[at], y[at], s=9, color=color, alpha=0.65, linewidths=0, label=role)
             if np.ptp(x) > 0:
                 slope, offset = np.polyfit(x, y, 1)
                 ends = np.array([x.min(), x.max()])
@@ -281,6 +281,22 @@ def kept_by_distance(shares: Mapping[int, float]) -> Drawn:
         )
 
 
+def pair_weights(weights: Floats, effective: float) -> Drawn:
+    """Weights of the pairs that are kept, [K]; `effective`: their effective sample size."""
+    with canvas() as (figure, (axis,)):
+        top = float(weights.max())
+        edges = np.linspace(0, top * 1.0001, min(32, max(8, int(len(weights) ** 0.5))) + 1).tolist()
+        axis.hist(weights, edges, color=PALETTE["trained"], linewidth=0)
+        axis.axvline(float(weights.mean()), color=PALETTE["ink"], linewidth=1.2, linestyle=(0, (4, 2)))
+        axis.set_xlabel("weight of a kept pair")
+        _counts(axis, "pairs")
+        note = (
+            f"{number(len(weights), 0)} kept pairs say as much as {number(effective, 0)} of equal weight "
+            f"({percent(effective / len(weights))}); mean weight {number(float(weights.mean()))} (dashed)."
+        )
+        return finish(figure, "pair-weights", "Weights of the kept pairs", note, f"Histogram of pair weights. {note}")
+
+
 # Column of the metrics table -> heading; the panels of the learning curves, in order.
 _PANELS = {
     "loss": "loss",
@@ -376,10 +392,9 @@ def reliability(models: Mapping[str, Mapping[str, Any]]) -> Drawn:
             axis.scatter(
                 bins["predicted"], bins["observed"], s=4 + 44 * mass / mass.max(), color=PALETTE[role], linewidths=0
             )
-            raw, color = calibration["reliability_before"], PALETTE[role]
-            axis.plot(
-                raw["predicted"], raw["observed"], "o:", color=color, markerfacecolor="none", markersize=4, linewidth=0.9
-            )
+            raw = calibration["reliability_before"]
+            (line,) = axis.plot(raw["predicted"], raw["observed"], "o:", color=PALETTE[role], linewidth=0.9)
+            line.set(markerfacecolor="none", markersize=4)
         for bound in (axis.set_xlim, axis.set_ylim):
             bound(-0.02, 1.02)
         for ticks in (axis.xaxis, axis.yaxis):

@@ -1,15 +1,17 @@
 """The sections of the report, worked out from the artifacts of a run: without its artifacts a section is left out."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
+from scipy.special import expit
 
 from clha.evaluation.verdict import doubts, verdict
+from clha.noise import label_probability
 from clha.reporting import figures
 from clha.reporting.drawing import Drawn
 from clha.reporting.examples import answer_examples, pair_examples
@@ -154,6 +156,9 @@ def noise_section(nodes: Nodes, run: Run) -> Section | None:
     if len(pairs.gap):
         drawn.append(figures.pair_gaps(pairs.gap, pairs.kept, cut))
         drawn.append(figures.kept_by_distance(_kept_by_distance(pairs)))
+        kept = pairs.weight[pairs.kept]
+        if len(kept) and float(np.ptp(kept)) > 1e-6:
+            drawn.append(figures.pair_weights(kept, pairs.effective_sample_size))
     drawn.append(
         figures.reward_against_length(
             {"base": (candidates["length"].to_numpy().astype(np.float64), candidates["reward"].to_numpy())},
@@ -162,7 +167,7 @@ def noise_section(nodes: Nodes, run: Run) -> Section | None:
             "reward of the candidate",
         )
     )
-    log_odds = run.settings["rescore"]["reward"]["type"] == "fitted"
+    weights = nodes["weigh"].read("weights", ["flags"])
     return {
         "figures": drawn,
         "method": noise["method"],
@@ -174,9 +179,36 @@ def noise_section(nodes: Nodes, run: Run) -> Section | None:
         "prompts": len(pairs.prompt_ids),
         "prompts_without_pairs": len(pairs.prompt_ids) - len(np.unique(pairs.prompt[pairs.kept])),
         "sft_share": float((pairs.sft_lambda > 0).mean()) if len(pairs.prompt_ids) else None,
-        "probabilities": log_odds,
-        "examples": pair_examples(pairs, nodes, log_odds) if len(pairs.gap) else {},
+        "flip_rate": facts.get("flip_rate"),
+        "flags": _flag_counts(weights),
+        "examples": pair_examples(pairs, nodes, pair_trust(nodes, run)) if len(pairs.gap) else {},
     }
+
+
+def pair_trust(nodes: Nodes, run: Run) -> Callable[[float], float] | None:
+    """P(the order of a pair is right) as a function of its gap; None where one gap does not tell it.
+
+    It does for one model whose rewards are log-odds, or that was calibrated on labels; a pair that an annotator
+    ordered has the labels' flip rate in it too.
+    """
+    rescore, facts = run.settings["rescore"], nodes["weigh"].manifest
+    factors = facts.get("calibration_factors", [])
+    stated = rescore["reward"]["type"] == "fitted" or rescore["noise"]["calibration"] != "reward_model"
+    if len(factors) != 1 or not stated:
+        return None
+    flips = (facts.get("flip_rate") or {}).get("used") if rescore["rank_by"] == "label" else None
+
+    def trust(gap: float) -> float:
+        p = expit(np.array([factors[0] * gap]))
+        return float((label_probability(p, flips) if flips else p)[0])
+
+    return trust
+
+
+def _flag_counts(weights: pa.Table) -> list[tuple[str, int]]:
+    """Prompts by the flags of their weights, the commonest first."""
+    counts = pc.value_counts(pc.list_flatten(weights["flags"]))
+    return sorted(((c["values"].as_py(), c["counts"].as_py()) for c in counts), key=lambda c: (-c[1], c[0]))
 
 
 def _scored_candidates(nodes: Nodes) -> pa.Table:

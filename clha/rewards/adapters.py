@@ -1,9 +1,8 @@
 """Reward models behind one small interface: prompts with responses in, rewards out."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,36 +12,9 @@ from clha.config import RewardModel
 from clha.errors import UserError
 from clha.rewards.features import FrozenEncoder
 from clha.rewards.head import load_head
+from clha.rewards.interface import Done, RewardScorer, Scored, one_member, torch_dtype
 from clha.rewards.scoring import Padding, lengths_mask, padded, run_batches
-from clha.rewards.texts import Encoded, RewardInput, encode_all, text_encoder
-
-Done = Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Rewards [N], those of each member [N, M] (the reward is their mean), and who was cut on the left [N].
-
-    `problems`: {row: why it could not be read}; its reward is NaN.
-    """
-
-    rewards: NDArray[np.float64]
-    members: NDArray[np.float64]
-    truncated: NDArray[np.bool_]
-    problems: Mapping[int, str] = field(default_factory=dict)
-
-
-class RewardScorer(Protocol):
-    """A loaded reward model.
-
-    `score` depends on each input alone: batches, order and neighbours change rewards by less than 1e-5 in float32.
-    Rewards may be NaN or infinite; who calls decides what that means. `progress` hears how many inputs are done.
-    """
-
-    def score(self, inputs: Sequence[RewardInput], progress: Done | None = None) -> Scored: ...
-
-    @property
-    def padding(self) -> Padding: ...
+from clha.rewards.texts import RewardInput, encode_all, text_encoder
 
 
 class EncoderHead:
@@ -119,20 +91,28 @@ class SequenceClassification:
         return next(i for i in range(self._model.config.vocab_size) if i not in present)
 
 
-def one_member(
-    count: int, places: list[int], encoded: list[Encoded], rewards: NDArray[np.float64], problems: Mapping[int, str]
-) -> Scored:
-    """The result of a single model for `count` inputs of which those at `places` could be read."""
-    members, truncated = np.full((count, 1), np.nan), np.zeros(count, dtype=bool)
-    members[places, 0] = rewards
-    truncated[places] = [e.truncated for e in encoded]
-    return Scored(members[:, 0], members, truncated, problems)
+class Ensemble:
+    """Several reward models, each multiplied by its scale; the reward is their mean."""
 
+    def __init__(self, members: Sequence[RewardScorer], scales: Sequence[float]) -> None:
+        self._members, self._scales = members, np.array(scales)
 
-def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of torch with that name."""
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
+    @property
+    def padding(self) -> Padding:
+        return Padding(sum(m.padding.tokens for m in self._members), sum(m.padding.padded for m in self._members))
+
+    def score(self, inputs: Sequence[RewardInput], progress: Done | None = None) -> Scored:
+        scored = [m.score(inputs, self._share(progress, i, len(inputs))) for i, m in enumerate(self._members)]
+        members = np.stack([s.rewards for s in scored], axis=1) * self._scales
+        truncated = np.any([s.truncated for s in scored], axis=0)
+        problems = {row: why for s in scored for row, why in s.problems.items()}
+        return Scored(members.mean(axis=1), members, truncated, problems)
+
+    def _share(self, progress: Done | None, member: int, inputs: int) -> Done | None:
+        """Progress over all members from that of one."""
+        if progress is None:
+            return None
+        return lambda done: progress((inputs * member + done) // len(self._members))
 
 
 def scoring_device() -> str:
@@ -140,20 +120,41 @@ def scoring_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load_scorer(settings: RewardModel, model: Path, fitted: Path | None, device: str | None = None) -> RewardScorer:
+def model_folders(models: Mapping[str, Path], role: str) -> Path | list[Path]:
+    """The model folder of a reward model, or one for each member of an ensemble; `role`: "rescore.reward"."""
+    members = sorted((r for r in models if r.startswith(f"{role}.")), key=lambda r: int(r.rsplit(".", 1)[1]))
+    return models[role] if role in models else [models[r] for r in members]
+
+
+def load_scorer(
+    settings: RewardModel, model: Path | list[Path], fitted: Path | None, device: str | None = None
+) -> RewardScorer:
     """Load the reward model that `settings` describe.
 
     Args:
         settings: `rescore.reward` or `evaluate.reward`.
-        model: the model folder; for type `fitted` the encoder.
+        model: the model folder; for type `fitted` the encoder, for `ensemble` one folder for each member.
         fitted: for type `fitted`, the folder of the fit_reward artifact.
         device: "cpu", "cuda", "cuda:1"; default: a GPU if there is one.
 
     Raises UserError when the model is no reward model of that type.
     """
     device = device or scoring_device()
+    if settings.type == "ensemble":
+        assert isinstance(model, list)
+        loaded = [load_scorer(m, f, fitted, device) for m, f in zip(settings.members, model, strict=True)]
+        return Ensemble(loaded, [m.scale for m in settings.members])
+    assert isinstance(model, Path)
     if settings.type == "fitted":
         if fitted is None:
             raise ValueError("a fitted reward model needs the folder of its artifact")
         return EncoderHead(fitted / "reward_model", model, settings, device)
+    if settings.type == "gpt_neox_reward_model":
+        from clha.rewards.gpt_neox import GptNeoxReward
+
+        return GptNeoxReward(model, settings, device)
+    if settings.type == "server":
+        from clha.rewards.server import ServerReward
+
+        return ServerReward(model, settings)
     return SequenceClassification(model, settings, device)

@@ -57,9 +57,13 @@ class FrozenEncoder:
         items: Sequence[RewardInput],
         *,
         tokens_per_batch: int,
+        batches: list[list[int]] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Features:
-        """Features of the items, in float32 precision; `progress` hears how many are done."""
+        """Features of the items, in float32 precision; `progress` hears how many are done.
+
+        `batches` replaces the cut by length: places among the sequences (packs, where prompts are shared).
+        """
         places, encoded, problems = encode_all(self.texts, items)
         alone = [[i] for i in range(len(encoded))]
         packs = prefix_packs(encoded, tokens_per_batch) if self.shares_prefixes else alone
@@ -75,6 +79,7 @@ class FrozenEncoder:
             lengths,
             run,
             tokens_per_batch=tokens_per_batch,
+            batches=batches,
             padding=self.padding,
             progress=progress and (lambda _: progress(done[0])),
         )

@@ -15,6 +15,7 @@ from scipy.optimize import minimize
 from scipy.special import expit
 
 from clha.digests import unit_of
+from clha.rewards.calibration import fit_temperature
 
 Floats = NDArray[np.float64]
 
@@ -116,9 +117,10 @@ def cross_validate(
         features: [N, 2, D], standardised; chosen first.
         weights: [N], weights of the pairs.
         groups: [N], pairs of one group are never parted.
-        l2: a number, or "auto": of the values whose held-out accuracy is within one standard error of the best, the
-            one whose heads, fitted on disjoint halves, agree most. Agreement tells more than accuracy: a weakly
-            regularised head judges pairs as well, but ranks new responses by its own accidents.
+        l2: a number, or "auto": of the values whose held-out accuracy is no more than two standard errors (of the
+            paired difference) below the best, the one whose heads, fitted on disjoint halves, agree most. Agreement
+            tells more than accuracy: a weakly regularised head judges pairs as well, but ranks new responses by its
+            own accidents.
         folds: number of folds.
         seed: moves groups between folds.
     """
@@ -154,7 +156,7 @@ def cross_validate(
                 strength, float(accuracy[i]), nll, _correlation(halves[i]), float(accuracy[best] - accuracy[i]), error
             )
         )
-    eligible = [i for i, p in enumerate(points) if p.behind <= p.behind_error + 1e-12]
+    eligible = [i for i, p in enumerate(points) if p.behind <= 2 * p.behind_error + 1e-12]
     chosen = max(eligible, key=lambda i: (points[i].agreement, points[i].l2))
     return CrossValidation(path[chosen], points, rewards[chosen])
 
@@ -175,27 +177,78 @@ def _correlation(columns: Floats) -> float:
     return float(np.corrcoef(columns.T)[0, 1])
 
 
-def length_bias(margins: Floats, lengths: NDArray[np.int64], weights: Floats) -> dict[str, float]:
+@dataclass(frozen=True)
+class Members:
+    """M heads [M, D] with their calibration factors [M], and rewards [N, 2] by heads that never saw the group.
+
+    With one head the rewards are those of cross-validation; with several the mean of the members in whose bootstrap
+    sample the group is absent, NaN where there is none. All are in log-odds.
+    """
+
+    heads: Floats
+    factors: Floats
+    rewards: Floats
+
+    def report(self, weights: Floats, groups: int) -> dict[str, Any]:
+        """Number of members, and of several their accuracy together, [N] weights, on pairs that they did not see."""
+        out: dict[str, Any] = {"count": len(self.heads)}
+        margins = self.rewards[:, 0] - self.rewards[:, 1]
+        seen = np.isfinite(margins)
+        if len(self.heads) > 1 and seen.any():
+            accuracy = float(np.average(margins[seen] > 0, weights=weights[seen]))
+            out |= {"accuracy": accuracy, "accuracy_interval": list(wilson_interval(accuracy, groups * seen.mean()))}
+        return out
+
+
+def bootstrap_members(
+    features: Floats, weights: Floats, groups: Sequence[Hashable], l2: float, members: int, seed: int
+) -> Members:
+    """Heads fitted on bootstrap samples of the groups (drawn with replacement), each calibrated on those left out.
+
+    `features` [N, 2, D], standardised; `weights` [N].
+    """
+    names = sorted(set(groups), key=str)
+    place = {g: i for i, g in enumerate(names)}
+    of_pair = np.array([place[g] for g in groups])
+    differences = features[:, 0] - features[:, 1]
+    draw = np.random.default_rng(seed)
+    heads, factors = [], []
+    total, count = np.zeros((len(features), 2)), np.zeros(len(features))
+    for _ in range(members):
+        times = np.bincount(draw.integers(0, len(names), len(names)), minlength=len(names))[of_pair]
+        drawn, out = times > 0, times == 0
+        head = fit_head(differences[drawn], l2, (weights * times)[drawn])
+        factor = fit_temperature(differences[out] @ head, weights[out]) if out.any() else 1.0
+        total[out] += features[out] @ head * factor
+        count[out] += 1
+        heads.append(head)
+        factors.append(factor)
+    unseen = count > 0
+    rewards = np.full((len(features), 2), np.nan)
+    rewards[unseen] = total[unseen] / count[unseen, None]
+    return Members(np.stack(heads), np.array(factors), rewards)
+
+
+def length_bias(margins: Floats, lengths: NDArray[np.int64], weights: Floats) -> dict[str, float | None]:
     """How much the judgement follows length.
 
     `margins` [N]: chosen minus rejected; `lengths` [N, 2]. Returns the rank correlation of margin and length
     difference, the share of pairs in which the longer response is preferred, the share in which it is the chosen one,
-    and the accuracy of either kind of pair (NaN where there is none, shares over pairs of unlike length).
+    and the accuracy of either kind of pair (shares are over pairs of unlike length; None where there are none).
     """
     from scipy.stats import spearmanr
 
     longer = lengths[:, 0] - lengths[:, 1]
     unlike = longer != 0
     varied = unlike.any() and np.ptp(longer) > 0 and np.ptp(margins) > 0
-    out = {
+    return {
         "correlation": float(spearmanr(margins, longer).statistic) if varied else 0.0,
         "prefers_longer": _share((margins > 0) == (longer > 0), weights, unlike),
         "chosen_is_longer": _share(longer > 0, weights, unlike),
         "accuracy_chosen_longer": _share(margins > 0, weights, longer > 0),
         "accuracy_chosen_shorter": _share(margins > 0, weights, longer < 0),
     }
-    return out
 
 
-def _share(true: NDArray[np.bool_], weights: Floats, among: NDArray[np.bool_]) -> float:
-    return float(np.average(true[among], weights=weights[among])) if among.any() else float("nan")
+def _share(true: NDArray[np.bool_], weights: Floats, among: NDArray[np.bool_]) -> float | None:
+    return float(np.average(true[among], weights=weights[among])) if among.any() else None

@@ -10,8 +10,10 @@ from clha.config import RewardFit
 from clha.rewards.calibration import fit_temperature, measure, reliability
 from clha.rewards.fitting import (
     CrossValidation,
+    Members,
     Standardiser,
     assign_folds,
+    bootstrap_members,
     cross_validate,
     fit_head,
     length_bias,
@@ -50,23 +52,27 @@ def fit_pairs(
     standardise = Standardiser.of(features[used])
     standardised = standardise(features)
     cv = cross_validate(standardised[pairs], weights, groups, fit.l2, fit.folds, fit.seed)
-    factor = fit_temperature(cv.margins, weights)
-    threshold = float(np.quantile(_per_response(pairs[:, 0], cv.rewards[:, 0]) * factor, fit.sft_quantile))
-    differences = standardised[pairs[:, 0]] - standardised[pairs[:, 1]]
-    weight = fit_head(differences, cv.l2, weights)
+    if fit.members == 1:
+        factor = fit_temperature(cv.margins, weights)
+        whole = fit_head(standardised[pairs[:, 0]] - standardised[pairs[:, 1]], cv.l2, weights)
+        members = Members(whole[None], np.array([factor]), cv.rewards * factor)
+    else:
+        members = bootstrap_members(standardised[pairs], weights, groups, cv.l2, fit.members, fit.seed)
+    chosen = _per_response(pairs[:, 0], members.rewards[:, 0])
+    threshold = float(np.quantile(chosen[np.isfinite(chosen)], fit.sft_quantile))
     head = Head(
         standardise,
-        weight[None] * factor,
+        members.heads * members.factors[:, None],
         config
         | {
-            "calibration": {"factor": [factor]},
+            "calibration": {"factor": members.factors.tolist()},
             "threshold": threshold,
             "threshold_rule": f"quantile {fit.sft_quantile:g} of out-of-fold rewards of dataset_chosen responses",
             "l2": cv.l2,
             "unit": "log-odds",
         },
     )
-    return head, _report(cv, factor, threshold, pairs, weights, groups, lengths, fit)
+    return head, _report(cv, members, threshold, pairs, weights, groups, lengths, fit)
 
 
 def _per_response(rows: NDArray[np.int64], rewards: Floats) -> Floats:
@@ -77,7 +83,7 @@ def _per_response(rows: NDArray[np.int64], rewards: Floats) -> Floats:
 
 def _report(
     cv: CrossValidation,
-    factor: float,
+    members: Members,
     threshold: float,
     pairs: NDArray[np.int64],
     weights: Floats,
@@ -88,8 +94,8 @@ def _report(
     accuracy = float(np.average(cv.margins > 0, weights=weights))
     count = len(set(groups))
     margins = _cross_calibrated(cv, weights, groups, fit)
-    predicted, observed, mass = reliability(margins, weights)
-    rewards = cv.rewards * factor
+    diagrams = {"reliability_before": reliability(cv.margins, weights), "reliability": reliability(margins, weights)}
+    rewards = cv.rewards * fit_temperature(cv.margins, weights)
     chosen_point = next(p for p in cv.path if p.l2 == cv.l2)
     return {
         "accuracy": accuracy,
@@ -99,16 +105,16 @@ def _report(
         "agreement_between_halves": chosen_point.agreement,
         "l2_path": cv.path_rows(),
         "calibration": {
-            "factor": factor,
+            "factor": fit_temperature(cv.margins, weights),
             "before": measure(cv.margins, weights).as_dict(),
             "after": measure(margins, weights).as_dict(),
-            "reliability": {
-                "predicted": predicted.tolist(),
-                "observed": observed.tolist(),
-                "weight": mass.tolist(),
+            **{
+                name: {"predicted": predicted.tolist(), "observed": observed.tolist(), "weight": mass.tolist()}
+                for name, (predicted, observed, mass) in diagrams.items()
             },
         },
         "length_bias": length_bias(cv.margins, lengths[pairs], weights),
+        "members": members.report(weights, count),
         "sft_threshold": threshold,
         "reward_std": float(rewards.std()),
         "metrics": _trainer_metrics(rewards, weights),

@@ -112,8 +112,9 @@ class RoleText:
         return self._tokens("".join(f"{m['role']}: {m['content']}\n" for m in messages) + "assistant: ")
 
     def _tokens(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return ids
+        # verbose=False: too long texts are cut here, the tokenizer need not warn of them.
+        read = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        return list(read["input_ids"])
 
 
 class ChatText:
@@ -140,7 +141,7 @@ class ChatText:
         from clha.chat import Unusable
 
         try:
-            response = self._chat.encode_response(item.response, item.messages).token_ids[:-1]  # without EOS
+            response = self._chat.encode_response(item.response).token_ids[:-1]  # without EOS
             room = self.max_tokens - len(response) - len(self._after)
             try:
                 prompt = self._chat.encode_prompt(item.messages, room)
@@ -158,14 +159,14 @@ class ChatText:
         """What the template writes after a response."""
         asked = [{"role": "user", "content": "a"}]
         whole = self._render([*asked, {"role": "assistant", "content": "b"}], False)
-        begun = self._render(asked, True) + self._chat.encode_response("b", asked).token_ids[:-1]
+        begun = self._render(asked, True) + self._chat.encode_response("b").token_ids[:-1]
         return whole[len(begun) :] if whole[: len(begun)] == begun else [self._chat.eos_id]
 
     def _render(self, messages: list[dict[str, str]], generation_prompt: bool) -> list[int]:
-        ids: list[int] = self._chat.tokenizer.apply_chat_template(
+        ids: Any = self._chat.tokenizer.apply_chat_template(
             messages, tokenize=True, add_generation_prompt=generation_prompt, return_dict=False
         )
-        return ids
+        return list(ids)
 
 
 def text_encoder(folder: Path, max_tokens: int, *, closed: bool) -> TextEncoder:

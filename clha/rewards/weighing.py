@@ -96,22 +96,27 @@ def _labels(candidates: pa.Table, known: Ints, code: Ints, candidate_id: NDArray
     return own[sort][at]
 
 
-# One prompt size at a time: rewards, members and labels in rank order -> pair weights [p, n, n], lambda [p].
 @dataclass(frozen=True)
 class Ranked:
-    """p prompts of n candidates in rank order: rewards [p, n], members [p, n, M], labels [p, n]."""
+    """p prompts of n candidates in rank order: rewards [p, n], members [p, n, M], labels [p, n].
+
+    prompts [p] are their places in the table, candidates [p, n] the candidate ids.
+    """
 
     rewards: Floats
     members: Floats
     labels: Ints
+    prompts: Ints
+    candidates: NDArray[np.int32]
 
 
 @dataclass(frozen=True)
 class Weighed:
-    """pair_weights [p, n, n], sft_lambda [p]; `flags`: name -> [p], true where a prompt has that flag."""
+    """pair_weights [p, n, n], sft_lambda [p]; sft_index [p] (None: the best-ranked); flags: name -> [p]."""
 
     pair_weights: Floats
     sft_lambda: Floats
+    sft_index: Ints | None = None
     flags: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
 
 
@@ -156,7 +161,9 @@ def ranked_prompts(table: RewardTable, prompts: range, rank_by: str) -> Iterator
         rewards, labels = table.reward[rows], table.label[rows].astype(np.int64)
         order = noise.rank_by_reward(rewards) if rank_by == "reward" else noise.rank_by_label(rewards, labels)
         rows = np.take_along_axis(rows, order, axis=1)
-        yield places, rows, Ranked(table.reward[rows], table.members[rows], table.label[rows].astype(np.int64))
+        labels = table.label[rows].astype(np.int64)
+        own = places + prompts.start
+        yield places, rows, Ranked(table.reward[rows], table.members[rows], labels, own, table.candidate_id[rows])
 
 
 def weigh_shard(table: RewardTable, prompts: range, rank_by: str, rule: Rule, totals: Totals) -> pa.Table:
@@ -167,6 +174,7 @@ def weigh_shard(table: RewardTable, prompts: range, rank_by: str, rule: Rule, to
     order = np.empty(starts[-1], dtype=np.int32)
     weights = np.empty(square_starts[-1], dtype=np.float32)
     sft_lambda = np.empty(len(prompts), dtype=np.float32)
+    sft_index = np.zeros(len(prompts), dtype=np.int32)
     flags: list[list[str]] = [[] for _ in prompts]
     for places, rows, ranked in ranked_prompts(table, prompts, rank_by):
         n = rows.shape[1]
@@ -175,6 +183,8 @@ def weigh_shard(table: RewardTable, prompts: range, rank_by: str, rule: Rule, to
         order[starts[places][:, None] + np.arange(n)] = table.candidate_id[rows]
         weights[square_starts[places][:, None] + np.arange(n * n)] = weighed.pair_weights.reshape(-1, n * n)
         sft_lambda[places] = weighed.sft_lambda
+        if weighed.sft_index is not None:
+            sft_index[places] = weighed.sft_index
         for name, where in _flags(weighed, table.truncated[rows]).items():
             for place in places[where]:
                 flags[place].append(name)
@@ -184,7 +194,7 @@ def weigh_shard(table: RewardTable, prompts: range, rank_by: str, rule: Rule, to
         table.prompt_ids.slice(prompts.start, len(prompts)),
         pa.ListArray.from_arrays(pa.array(starts, pa.int32()), pa.array(order)),
         pa.ListArray.from_arrays(pa.array(starts, pa.int32()), inner),
-        pa.array(np.zeros(len(prompts), dtype=np.int32)),  # the best-ranked response
+        pa.array(sft_index),
         pa.array(sft_lambda),
         pa.array(flags, pa.list_(pa.string())),
     ]

@@ -64,7 +64,7 @@ def checked_row(messages: Any, chosen: Any, rejected: Any, subset: Any, place: P
     prompt = checked_messages(messages)
     better = _responses(chosen, "chosen", prompt)
     worse = _responses(rejected, "rejected", prompt)
-    if set(better) & set(worse):
+    if {response.strip() for response in better} & {response.strip() for response in worse}:
         raise Unusable("same_response", "the same response is both chosen and rejected", prompt)
     if subset is not None:
         checked_text(subset, "subset")

@@ -66,9 +66,9 @@ def nodes(settings: Settings) -> list[Node]:
     s, fit = settings, settings.fit_reward
     policy, template = {"policy": s.policy.model}, {"chat_template": s.policy.chat_template}
     chain = [Node("prepare", "prepare", (), s.prepare.key_settings())]
-    if fit is not None and s.rescore.reward.type == "fitted":
+    if fit is not None and s.rescore.reward.uses_fitted:
         chain.append(_fit_node("train", fit.train))
-    if fit is not None and s.evaluate.reward.type == "fitted":
+    if fit is not None and s.evaluate.reward.uses_fitted:
         chain.append(_fit_node("eval", fit.eval))
     chain.append(
         Node("generate", "generate", ("prepare",), s.generate.key_settings() | template, policy, ("vllm", "torch"))
@@ -137,6 +137,10 @@ def _reward_inputs(
     user: str, reward: RewardModel, role: str, fit: RewardFit | None
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """The node and the model folder that a reward model needs: ("fit_reward.train",), {"rescore.reward": ...}."""
+    if reward.type == "ensemble":
+        parts = [_reward_inputs(user, member, role, fit) for member in reward.members]
+        inputs = tuple(dict.fromkeys(name for names, _ in parts for name in names))
+        return inputs, {f"{user}.reward.{i}": m[f"{user}.reward"] for i, (_, m) in enumerate(parts)}
     if reward.type == "fitted":
         assert fit is not None  # checked by Settings
         return (f"fit_reward.{role}",), {f"{user}.reward": fit.encoder}

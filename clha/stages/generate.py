@@ -18,7 +18,13 @@ CODE_VERSION = {"generate": 1}
 def build(work: "Work") -> "Artifact":
     """Sample `generate.n` responses to each prompt; one row per distinct candidate."""
     from clha.chat import load_chat
-    from clha.generation.candidates import candidate_rows, checked_samples, dataset_responses, finished_response
+    from clha.generation.candidates import (
+        COUNTED,
+        candidate_rows,
+        checked_samples,
+        dataset_responses,
+        finished_response,
+    )
     from clha.generation.engine import open_engine
     from clha.generation.requests import Sampling
     from clha.generation.sharded import Plan, generate_shards
@@ -56,7 +62,16 @@ def build(work: "Work") -> "Artifact":
             counts=counts,
         )
 
-    plan = Plan("candidates", CANDIDATES, prompts, settings.shard_size, settings.max_prompt_tokens, seed)
+    plan = Plan(
+        "candidates",
+        CANDIDATES,
+        prompts,
+        settings.shard_size,
+        settings.max_prompt_tokens,
+        settings.n * settings.max_tokens,
+        seed,
+        COUNTED,
+    )
     done = generate_shards(
         work.writer,
         work.progress,

@@ -110,10 +110,10 @@ def _checked(work: "Work") -> dict[str, Any]:
             subsets[row["subset"]] += 1
             pairs[row["split"]] += bool(row["chosen"] and row["rejected"])
     settings = work.settings
-    needed = {"train": splits, "test": splits}
-    if settings.fit_reward is not None and settings.rescore.reward.type == "fitted":
+    needed = {"train": splits, settings.evaluate.split: splits}
+    if settings.fit_reward is not None and settings.rescore.reward.uses_fitted:
         needed["reward_train"] = pairs
-    if settings.fit_reward is not None and settings.evaluate.reward.type == "fitted":
+    if settings.fit_reward is not None and settings.evaluate.reward.uses_fitted:
         needed["reward_eval"] = pairs
     for split, counts in needed.items():
         if not counts[split]:

@@ -12,10 +12,12 @@ from clha.store import Artifact, read_parquet
 
 if TYPE_CHECKING:
     from clha.rewards.adapters import RewardScorer, Scored
-    from clha.rewards.weighing import RewardTable, Rule
     from clha.stages.work import Work
 
 CODE_VERSION = {"score": 1, "weigh": 1}
+
+# Rewards are exact to 1e-5: a model whose rewards lie closer together than that says nothing.
+_CONSTANT = 1e-5
 
 _READ = ["prompt_id", "candidate_id", "text", "truncated_turns"]
 
@@ -30,7 +32,7 @@ def score(work: Work) -> Artifact:
 
     Raises UserError when the reward model gives all candidates the same reward, or too many rewards are not finite.
     """
-    from clha.rewards.adapters import load_scorer, scoring_device
+    from clha.rewards.adapters import load_scorer, model_folders, scoring_device
     from clha.rewards.scoring import report_to
 
     rescore, writer = work.settings.rescore, work.writer
@@ -39,14 +41,14 @@ def score(work: Work) -> Artifact:
     }
     shards = work.inputs["generate"].shards("candidates")
     total = sum(f["rows"] for f in work.inputs["generate"].manifest["files"] if f["name"].startswith("candidates-"))
-    fitted = work.inputs["fit_reward.train"].folder if rescore.reward.type == "fitted" else None
+    fitted = work.inputs["fit_reward.train"].folder if rescore.reward.uses_fitted else None
     device = scoring_device()
     scorer: RewardScorer | None = None
     done, fresh, seconds = 0, 0, 0.0
     for index, rows in enumerate(_slices(shards, rescore.shard_size)):
         if not writer.has_shard("rewards", index):
             if scorer is None:
-                scorer = load_scorer(rescore.reward, work.models["rescore.reward"], fitted, device)
+                scorer = load_scorer(rescore.reward, model_folders(work.models, "rescore.reward"), fitted, device)
             began = time.monotonic()
             scored = scorer.score(_inputs(rows, messages), report_to(work.progress, total, "candidates", done))
             seconds += time.monotonic() - began
@@ -116,7 +118,7 @@ def _reward_facts(work: Work) -> dict[str, Any]:
 
     table = work.writer.read("rewards", ["reward", "truncated"])
     rewards = table["reward"].to_numpy()
-    if len(rewards) > 1 and len(np.unique(np.round(rewards, 12))) == 1:
+    if len(rewards) > 1 and np.ptp(rewards) < _CONSTANT:
         raise UserError(
             f"{work.node}: the reward model gives all {len(rewards)} candidates the same reward ({rewards[0]:g}); "
             "it cannot rank anything: set rescore.reward to another one"
@@ -131,6 +133,8 @@ def _reward_facts(work: Work) -> dict[str, Any]:
 
 def weigh(work: Work) -> Artifact:
     """Order, pair weights and lambda of every prompt, from stored rewards."""
+    from clha.rewards.labels import judge_labels, label_facts
+    from clha.rewards.rules import label_trust, make_rule
     from clha.rewards.scoring import in_chunks
     from clha.rewards.weighing import Totals, reward_table, weigh_shard
 
@@ -142,17 +146,22 @@ def weigh(work: Work) -> Artifact:
             "weigh: rescore.rank_by is label, but no candidate has one; set generate.include to [chosen, rejected]"
         )
     threshold = _threshold(work)
-    rule, facts = _rule(work, table, threshold)
+    trust = label_trust(table, rescore.noise)
+    rule, facts = make_rule(table, rescore.noise, rescore.rank_by, threshold, trust)
     writer.write_quarantine(
         0, [{"prompt_id": p, "reason": "no scored candidate", "detail": ""} for p in table.unscored]
     )
+    labels = judge_labels(table, trust, rescore.noise, rescore.rank_by)
+    if labels.num_rows:
+        writer.write_shard("labels", 0, labels)
+        facts |= label_facts(labels)
     totals = Totals()
     for index, prompts in enumerate(in_chunks(table.prompts, rescore.shard_size)):
         shard = weigh_shard(table, prompts, rescore.rank_by, rule, totals)
         if not writer.has_shard("weights", index):
             writer.write_shard("weights", index, shard)
         work.progress.update(prompts.stop, table.prompts, "prompts")
-    facts |= totals.facts() | {"sft_threshold": threshold}
+    facts |= totals.facts() | trust.facts | {"sft_threshold": threshold}
     return work.finish(
         rows_in=table.prompts + len(table.unscored), rows_out=table.prompts, seed=None, device="cpu", **facts
     )
@@ -166,36 +175,6 @@ def _threshold(work: Work) -> float:
     if threshold == "fitted":
         return load_head(work.inputs["fit_reward.train"].folder / "reward_model").threshold
     return float(threshold)
-
-
-def _rule(work: Work, table: RewardTable, threshold: float) -> tuple[Rule, dict[str, Any]]:
-    """The weighting that the settings ask for, and the facts that it rests on."""
-    import numpy as np
-
-    from clha import noise
-    from clha.rewards.weighing import Ranked, Weighed, ranked_prompts
-
-    settings, rank_by = work.settings.rescore.noise, work.settings.rescore.rank_by
-    if settings.method == "none":
-
-        def all_ones(r: Ranked) -> Weighed:
-            pairs = noise.labelled_pairs(r.labels) if rank_by == "label" else None
-            return Weighed(noise.all_ones(r.rewards, pairs), np.ones(len(r.rewards)))
-
-        return all_ones, {"gap": None}
-    gap = settings.gap
-    if settings.method == "quantile":
-        everything = ranked_prompts(table, range(table.prompts), rank_by)
-        gap = noise.quantile_gap(
-            np.concatenate([noise.pair_gaps(r.rewards) for *_, r in everything]), settings.quantile
-        )
-
-    def by_gap(r: Ranked) -> Weighed:
-        pairs = noise.labelled_pairs(r.labels) if rank_by == "label" else None
-        weights = noise.gap_weights(r.rewards, gap, pairs)
-        return Weighed(weights, noise.threshold_lambda(r.rewards[:, 0], threshold))
-
-    return by_gap, {"gap": gap}
 
 
 if __name__ == "__main__":

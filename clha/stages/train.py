@@ -18,8 +18,9 @@ def build(work: "Work") -> "Artifact":
     """
     import torch
     import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
+    from clha.chat import load_chat
     from clha.errors import UserError
     from clha.training.callbacks import ReportProgress
     from clha.training.checkpoints import last_checkpoint
@@ -36,12 +37,13 @@ def build(work: "Work") -> "Artifact":
     tables = {"candidates": "generate", "rewards": "score", "weights": "weigh", "prompts": "prepare"}
     joined = scratch / "preferences"
     counts = join_preferences(
-        joined, **{table: work.inputs[node].shards(table) for table, node in tables.items()}  # type: ignore[arg-type]
+        joined,
+        **{table: work.inputs[node].shards(table) for table, node in tables.items()},  # type: ignore[arg-type]
     )
     if not counts["train"]:
         raise UserError("train: no prompt of split train has weights; look at the quarantine of prepare and generate")
     train_set, dev_set = Preferences(joined, "train"), Preferences(joined, "dev")
-    tokenizer = AutoTokenizer.from_pretrained(work.models["policy"])
+    tokenizer = load_chat(work.models["policy"], work.settings.policy.chat_template).tokenizer
     model = AutoModelForCausalLM.from_pretrained(work.models["policy"], dtype=torch.float32)
     checkpoints = scratch / "checkpoints"
     resume = last_checkpoint(checkpoints, say)

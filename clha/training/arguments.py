@@ -35,7 +35,7 @@ class ClhaConfig(TrainingArguments):
     logits_megabytes: int = field(default=256, metadata={"help": "Memory for logits; more are computed in chunks."})
     logprob_tolerance: float = field(
         default=0.05,
-        metadata={"help": "Mean difference, in nats per token, from the generator's log-probabilities on the first batch."},
+        metadata={"help": "Mean difference from the generator's log-probabilities, first batch, nats per token."},
     )
     merge_adapter: bool = field(default=False, metadata={"help": "LoRA: merge the adapter into the saved model."})
 

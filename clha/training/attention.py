@@ -1,12 +1,12 @@
 """Attention over packed rows in which the responses of a prompt share it: each sees its prompt and itself only.
 
-On the CPU every branch is one call of PyTorch's flash kernel over exactly the keys it may see. On CUDA the row is one
-FlexAttention call with a block mask. Score functions that neither kernel knows (soft-capped, with dropout) are
-computed plainly, prompt by prompt.
+On the CPU the row is computed in tiles of matrix products over the keys that they may see. On CUDA it is one
+FlexAttention call with a block mask. Scores with a soft cap or dropout are computed plainly on the CPU, prompt by
+prompt.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +16,10 @@ from clha.training.batches import Segments
 
 NAME = "clha_shared_prompt"
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+# Queries of a tile. Measured on SmolLM2's shapes: 64 is faster than 128 and 256 for prompts of 60 to 350 tokens.
+_TILE = 64
+# Probabilities are kept for backward up to so many keys per query on average.
+_KEPT_KEYS = 256
 
 
 def register() -> None:
@@ -54,115 +56,170 @@ def shared_prompt_attention(
     segments.cache.setdefault("windows", set()).add(sliding_window)  # type: ignore[attr-defined]
     if query.is_cuda and dropout == 0.0:
         return _flex(module, query, key, value, segments, scale, sliding_window, softcap), None
-    if softcap is not None or dropout > 0 or query.is_cuda or key.shape[-1] != value.shape[-1]:
+    if softcap is not None or dropout > 0 or query.is_cuda:
         return _plain(query, key, value, segments, scale, sliding_window, softcap, dropout), None
-    return _FlashBranches.apply(query, key, value, segments, scale, sliding_window), None
+    return _Tiles.apply(query, key, value, segments, scale, sliding_window), None
 
 
-class _FlashBranches(torch.autograd.Function):
-    """One flash call for each prompt with its first response, and one for each further response."""
+class _Tiles(torch.autograd.Function):
+    """Attention tile by tile, as batched matrix products; the heads that share keys are one product.
+
+    Tiles are stretches of at most `_TILE` queries, so that little of what the mask hides is computed. States are held
+    as [Hk, T, G, d] (G query heads for each of Hk key heads), where a tile is a matrix without copying.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float, window: int | None
     ) -> Tensor:
-        heads, length = query.shape[1], segments.length
-        repeats = heads // key.shape[1]
-        keys, values = _repeat(key, repeats), _repeat(value, repeats)
-        out = query.new_empty(1, length, heads, value.shape[-1])
-        if sum(e - a for a, e in _covered(segments)) < length:
-            out.zero_()
-        logsumexps = []
-        for queries, before in _branches(segments):
-            mask, causal = _branch_mask(segments, queries, before, window, query)
-            k, v = _seen(keys, queries, before), _seen(values, queries, before)
-            part, lse = _flash(query[:, :, slice(*queries)], k, v, 0.0, causal, attn_mask=mask, scale=scale)
-            out[:, slice(*queries)] = part.transpose(1, 2)
-            logsumexps.append(lse)
-        ctx.save_for_backward(query, key, value, out, *logsumexps)
-        ctx.settings = (segments, scale, window, repeats)
-        return out
+        heads, length, groups = key.shape[1], segments.length, query.shape[1] // key.shape[1]
+        queries = _by_key_head(query, heads).mul_(scale)
+        keys, values = key[0].contiguous(), value[0].contiguous()
+        out = query.new_zeros(heads, length, groups, value.shape[-1])
+        tiles = _tiles(segments, window)
+        # Probabilities are kept for backward where they are small beside the other activations.
+        keep = sum((t.end - t.start) * t.width for t in tiles) <= _KEPT_KEYS * length
+        kept = []
+        for tile in tiles:
+            shares = _shares(tile, queries, keys, segments, window)
+            part = _flat(out, tile)
+            torch.bmm(shares[:, :, tile.shared_width :], values[:, tile.first : tile.end], out=part)
+            if tile.shared_width:
+                part.baddbmm_(shares[:, :, : tile.shared_width], values[:, tile.shared[0] : tile.shared[1]])
+            kept += [shares] if keep else []
+        ctx.save_for_backward(queries, key, value, *kept)
+        ctx.settings = (segments, scale, window, tiles)
+        return out.transpose(0, 1).reshape(1, length, heads * groups, value.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, *logsumexps = ctx.saved_tensors
-        segments, scale, window, repeats = ctx.settings
-        grad = grads[0].transpose(1, 2)
-        out = out.transpose(1, 2)
-        keys, values = _repeat(key, repeats), _repeat(value, repeats)
-        # [T, H, d] in memory, as the projections before want it.
-        dq, dk, dv = (torch.zeros_like(x.transpose(1, 2)).transpose(1, 2) for x in (query, keys, values))
-        for (queries, before), lse in zip(_branches(segments), logsumexps, strict=True):
-            mask, causal = _branch_mask(segments, queries, before, window, query)
-            k, v = _seen(keys, queries, before), _seen(values, queries, before)
-            at = slice(*queries)
-            q_part, k_part, v_part = _flash_backward(
-                grad[:, :, at], query[:, :, at], k, v, out[:, :, at], lse, 0.0, causal, attn_mask=mask, scale=scale
-            )
-            dq[:, :, at] = q_part
-            shared = 0 if before is None else before[1] - before[0]
-            for total, part in ((dk, k_part), (dv, v_part)):
-                total[:, :, at] += part[:, :, shared:]
-                if before is not None:
-                    total[:, :, slice(*before)] += part[:, :, :shared]
-        if repeats > 1:
-            batch, heads, length, width = dk.shape
-            dk = dk.view(batch, heads // repeats, repeats, length, width).sum(2)
-            dv = dv.view(batch, heads // repeats, repeats, length, dv.shape[-1]).sum(2)
-        return dq, dk, dv, None, None, None
+        queries, key, value, *kept = ctx.saved_tensors
+        keys, values = key[0].contiguous(), value[0].contiguous()
+        segments, scale, window, tiles = ctx.settings
+        heads, length, groups, _ = queries.shape
+        grad = _by_key_head(grads[0].transpose(1, 2), heads)
+        dq, dk, dv = torch.zeros_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
+        for i, tile in enumerate(tiles):
+            shares = kept[i] if kept else _shares(tile, queries, keys, segments, window)
+            grad_out, query, grad_query = _flat(grad, tile), _flat(queries, tile), _flat(dq, tile)
+            slope = _products(grad_out, values, tile)
+            slope = torch._softmax_backward_data(slope, shares, -1, shares.dtype)
+            spans = [(tile.first, tile.end, tile.shared_width, tile.width)]
+            if tile.shared_width:
+                spans.append((*tile.shared, 0, tile.shared_width))
+            for start, end, low, high in spans:
+                dv[:, start:end].baddbmm_(shares[:, :, low:high].transpose(1, 2), grad_out)
+                dk[:, start:end].baddbmm_(slope[:, :, low:high].transpose(1, 2), query)
+                grad_query.baddbmm_(slope[:, :, low:high], keys[:, start:end])
+        dq = dq.mul_(scale).transpose(0, 1).reshape(1, length, heads * groups, -1).transpose(1, 2)
+        return dq, dk[None], dv[None], None, None, None
 
 
-Span = tuple[int, int]
+class _Tile(NamedTuple):
+    """Queries start..end see the keys of `shared` (part of their prompt) and first..end, causally at its end."""
+
+    start: int
+    end: int
+    first: int
+    shared: tuple[int, int]  # (0, 0): nothing
+
+    @property
+    def shared_width(self) -> int:
+        return self.shared[1] - self.shared[0]
+
+    @property
+    def width(self) -> int:
+        return self.shared_width + self.end - self.first
 
 
-def _branches(segments: Segments) -> list[tuple[Span, Span | None]]:
-    """(queries, the prompt before them): a prompt with its first response is one stretch without anything before."""
-    branches: list[tuple[Span, Span | None]] = []
+def _tiles(segments: Segments, window: int | None) -> list[_Tile]:
+    """All tiles of a row; keys that the window hides from every query of a tile are left out."""
+    name = ("tiles", window)
+    if name in segments.cache:
+        return segments.cache[name]  # type: ignore[return-value]
+    tiles = []
+    reach = segments.length if window is None else window - 1
     for start, end, responses in segments.groups:
-        first = responses[0][1] if responses else end
-        branches.append(((start, first), None))
-        branches += [((a, b), (start, end)) for a, b in responses[1:] if b > a]
-    return branches
+        for a in range(start, end, _TILE):
+            tiles.append(_Tile(a, min(end, a + _TILE), max(start, a - reach), (0, 0)))
+        for first, last in responses:
+            for a in range(first, last, _TILE):
+                behind = a - first  # tokens of the response before this tile
+                shared = (max(start, end + behind - reach), end)
+                tiles.append(
+                    _Tile(a, min(last, a + _TILE), max(first, a - reach), shared if shared[0] < end else (0, 0))
+                )
+    segments.cache[name] = tiles
+    return tiles
 
 
-def _covered(segments: Segments) -> list[Span]:
-    return [queries for queries, _ in _branches(segments)]
+def _shares(tile: _Tile, queries: Tensor, keys: Tensor, segments: Segments, window: int | None) -> Tensor:
+    """Attention probabilities of a tile, [Hk, L * G, keys]: the shared ones first, then its own."""
+    scores = _products(_flat(queries, tile), keys, tile)
+    size = tile.end - tile.start
+    by_query = scores.view(scores.shape[0], size, -1, tile.width)
+    if window is None:
+        by_query[..., tile.width - size :] += _causal(size, segments, scores)
+    else:
+        by_query += _windowed(tile, window, segments, scores)
+    return _softmax(scores)
 
 
-def _seen(states: Tensor, queries: Span, before: Span | None) -> Tensor:
-    own = states[:, :, slice(*queries)]
-    return own if before is None else torch.cat([states[:, :, slice(*before)], own], dim=2)
+def _softmax(scores: Tensor) -> Tensor:
+    """Over the last dimension, in float32 at least."""
+    return torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
 
 
-def _branch_mask(
-    segments: Segments, queries: Span, before: Span | None, window: int | None, like: Tensor
-) -> tuple[Tensor | None, bool]:
-    """The additive mask of a branch [1, 1, Q, K], or None and `is_causal` where the kernel does it alone."""
-    own = queries[1] - queries[0]
-    shared = 0 if before is None else before[1] - before[0]
-    if window is not None and window >= shared + own:
-        window = None
-    if before is None and window is None:
-        return None, True
-    name = ("mask", own, shared, window, like.dtype)
+def _products(rows: Tensor, states: Tensor, tile: _Tile) -> Tensor:
+    """rows [Hk, L * G, d] times the states that the tile sees: [Hk, L * G, keys]."""
+    own = states[:, tile.first : tile.end].transpose(1, 2)
+    if not tile.shared_width:
+        return torch.bmm(rows, own)
+    out = rows.new_empty(rows.shape[0], rows.shape[1], tile.width)
+    torch.bmm(rows, states[:, tile.shared[0] : tile.shared[1]].transpose(1, 2), out=out[:, :, : tile.shared_width])
+    torch.bmm(rows, own, out=out[:, :, tile.shared_width :])
+    return out
+
+
+def _causal(size: int, segments: Segments, like: Tensor) -> Tensor:
+    """[L, 1, L], -inf where the key comes after the query."""
+    name = ("causal", size, like.dtype)
     if name not in segments.cache:
-        at = torch.arange(shared, shared + own, device=like.device)[:, None]
-        seen = torch.arange(shared + own, device=like.device)[None, :]
-        hidden = seen > at
-        if window is not None:
-            hidden |= at - seen >= window
-        mask = torch.zeros(own, shared + own, dtype=like.dtype, device=like.device).masked_fill_(hidden, -math.inf)
-        segments.cache[name] = mask[None, None]
-    return segments.cache[name], False  # type: ignore[return-value]
+        later = torch.ones(size, size, dtype=torch.bool).triu(1)
+        segments.cache[name] = torch.zeros(size, size, dtype=like.dtype).masked_fill_(later, -math.inf)[:, None]
+    return segments.cache[name]  # type: ignore[return-value]
+
+
+def _windowed(tile: _Tile, window: int, segments: Segments, like: Tensor) -> Tensor:
+    """[L, 1, keys], -inf where the key comes after the query or is out of its window."""
+    name = ("windowed", tile, window, like.dtype)
+    if name not in segments.cache:
+        _, _, position = segments.token_maps()
+        own = torch.arange(tile.first, tile.end)
+        seen = position[torch.cat([torch.arange(*tile.shared), own])]
+        gap = position[tile.start : tile.end][:, None] - seen[None, :]
+        hidden = (gap < 0) | (gap >= window)
+        mask = torch.zeros(hidden.shape, dtype=like.dtype).masked_fill_(hidden, -math.inf)
+        segments.cache[name] = mask[:, None]
+    return segments.cache[name]  # type: ignore[return-value]
+
+
+def _by_key_head(states: Tensor, key_heads: int) -> Tensor:
+    """[1, H, T, d] -> a new [Hk, T, G, d]."""
+    _, heads, length, width = states.shape
+    grouped = states[0].transpose(0, 1).view(length, key_heads, heads // key_heads, width)
+    return grouped.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+
+
+def _flat(states: Tensor, tile: _Tile) -> Tensor:
+    """The tile's part of [Hk, T, G, d] as a view [Hk, L * G, d]."""
+    part = states[:, tile.start : tile.end]
+    return part.view(part.shape[0], -1, part.shape[-1])
 
 
 def _repeat(states: Tensor, repeats: int) -> Tensor:
     """[1, Hk, T, d] -> [1, Hk * repeats, T, d], each head `repeats` times in a row."""
-    if repeats == 1:
-        return states
-    batch, heads, length, width = states.shape
-    wide = states[:, :, None].expand(batch, heads, repeats, length, width)
-    return wide.permute(0, 3, 1, 2, 4).reshape(batch, length, heads * repeats, width).transpose(1, 2)
+    return states.repeat_interleave(repeats, dim=1) if repeats > 1 else states
 
 
 def _plain(
@@ -175,28 +232,39 @@ def _plain(
     softcap: float | None,
     dropout: float,
 ) -> Tensor:
-    """Softmax attention written out, for one branch after the other."""
+    """Softmax attention written out, for one prompt after the other with all its responses."""
     repeats = query.shape[1] // key.shape[1]
     keys, values = _repeat(key, repeats), _repeat(value, repeats)
+    seen = _visible(segments, window, query.device)
     parts, at = [], 0
-    for queries, before in _branches(segments):
-        mask, causal = _branch_mask(segments, queries, before, window, query)
-        scores = query[:, :, slice(*queries)] @ _seen(keys, queries, before).transpose(2, 3) * scale
+    for start, end, responses in segments.groups:
+        at = responses[-1][1] if responses else end
+        scores = query[:, :, start:at] @ keys[:, :, start:at].transpose(2, 3) * scale
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
-        if causal:
-            size = scores.shape[-1]
-            later = torch.ones(size, size, dtype=torch.bool, device=scores.device).triu(1)
-            scores = scores.masked_fill(later, -math.inf)
-        elif mask is not None:
-            scores = scores + mask
-        shares = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-        shares = torch.nn.functional.dropout(shares, p=dropout)
-        parts.append(shares @ _seen(values, queries, before))
-        at = queries[1]
+        scores = scores.masked_fill(~seen[start:at, start:at], -math.inf)
+        shares = _softmax(scores)
+        parts.append(torch.nn.functional.dropout(shares, p=dropout) @ values[:, :, start:at])
     if at < segments.length:
         parts.append(query.new_zeros(1, query.shape[1], segments.length - at, value.shape[-1]))
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+
+
+def _visible(segments: Segments, window: int | None, device: torch.device) -> Tensor:
+    """[T, T], True where a query (row) may see a key."""
+    name = ("visible", window, str(device))
+    if name not in segments.cache:
+        group, branch, position = segments.token_maps(device)
+        at = torch.arange(segments.length, device=device)
+        q, k = at[:, None], at[None, :]
+        segments.cache[name] = _may_see(group, branch, position, window, q, k)
+    return segments.cache[name]  # type: ignore[return-value]
+
+
+def _may_see(group: Tensor, branch: Tensor, position: Tensor, window: int | None, q: Tensor, k: Tensor) -> Tensor:
+    """The rule: the own prompt and the own response, nothing later, nothing out of the window."""
+    seen = (group[q] == group[k]) & (group[q] >= 0) & ((branch[k] == 0) | (branch[k] == branch[q])) & (q >= k)
+    return seen if window is None else seen & (position[q] - position[k] < window)
 
 
 def _flex(
@@ -215,9 +283,8 @@ def _flex(
     name = ("block_mask", window)
     if name not in segments.cache:
         segments.cache[name] = block_mask(segments, window, query.device)
-    attended, _ = flex_attention_forward(
-        module, query, key, value, segments.cache[name], scaling=scale, softcap=softcap  # type: ignore[arg-type]
-    )
+    mask: Any = segments.cache[name]
+    attended, _ = flex_attention_forward(module, query, key, value, mask, scaling=scale, softcap=softcap)
     return attended
 
 
@@ -228,10 +295,6 @@ def block_mask(segments: Segments, window: int | None, device: torch.device | st
     group, branch, position = segments.token_maps(device)
 
     def may_see(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        same = (group[q] == group[k]) & ((branch[k] == 0) | (branch[k] == branch[q])) & (group[q] >= 0)
-        seen = same & (q >= k)
-        if window is not None:
-            seen = seen & (position[q] - position[k] < window)
-        return seen | (q == k)
+        return _may_see(group, branch, position, window, q, k) | (q == k)
 
     return create_block_mask(may_see, None, None, segments.length, segments.length, device=str(device))

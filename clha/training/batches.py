@@ -6,7 +6,8 @@ nothing that is trained on, so it is a target but not an input.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -120,11 +121,10 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same batch with its tensors on `device`."""
-        moved = {
-            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in vars(self).items()
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
-        return MicroBatch(**moved)
+        return replace(self, **moved)
 
 
 def pack(prompts: Sequence[RankedPrompt], multiple_of: int = 1, pad_token_id: int = 0) -> MicroBatch:
@@ -198,6 +198,27 @@ def _cost(prompts: list[RankedPrompt], packed: bool) -> int:
     return sum(len(p) for p in prompts) * max(p.longest for p in prompts)
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How prompts are laid out for one model on one device."""
+
+    packed: bool
+    device: torch.device
+    pad_token_id: int = 0
+
+    def batch(self, prompts: Sequence[RankedPrompt]) -> MicroBatch:
+        """One micro-batch on the device."""
+        if not self.packed:
+            return pad(prompts, self.pad_token_id).to(self.device)
+        # FlexAttention works in blocks of 128, and fewer lengths mean fewer compilations.
+        multiple = 128 if self.device.type == "cuda" else 1
+        return pack(prompts, multiple, self.pad_token_id).to(self.device)
+
+    def micro_batches(self, prompts: Sequence[RankedPrompt], budget: int) -> list[MicroBatch]:
+        """As many as the token budget asks for; none for no prompts."""
+        return [self.batch(part) for part in split_by_tokens(prompts, budget, self.packed)] if prompts else []
+
+
 class _Targets:
     """Collects which position predicts which token of which response."""
 
@@ -217,8 +238,11 @@ class _Targets:
         order = np.argsort(at, kind="stable")
         positions, rows = np.unique(at[order], return_inverse=True)
         known = None if np.isnan(logps).all() else torch.from_numpy(logps[order].astype(np.float32))
-        made = (torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64)) for x in (tokens[order], cells[order]))
-        return torch.from_numpy(positions.astype(np.int64)), torch.from_numpy(rows.astype(np.int64)), *made, known
+
+        def tensor(values: np.ndarray) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64))
+
+        return tensor(positions), tensor(rows), tensor(tokens[order]), tensor(cells[order]), known
 
 
 def _micro_batch(

@@ -30,8 +30,8 @@ def check_generator_logps(token_logps: Tensor, generator_logps: Tensor, toleranc
     line = f"log-probabilities differ from the generator's by {mean:.2g} nats per token (largest {largest:.2g})"
     if not mean <= tolerance:
         raise UserError(
-            f"train: {line}, more than train.logprob_tolerance = {tolerance:g}: these candidates are not this policy's, "
-            "or it sees other tokens; generate again with this policy, or raise the tolerance"
+            f"train: {line}, more than train.logprob_tolerance = {tolerance:g}: these candidates are not this "
+            "policy's, or it sees other tokens; generate again with this policy, or raise the tolerance"
         )
     return line
 

@@ -6,10 +6,12 @@ Pair formats have chosen and rejected, as text or as messages, with an explicit 
 """
 
 from collections.abc import Callable
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
 
+from clha.chat import Chat, Unusable
 from clha.errors import UserError
 from clha.training.batches import RankedPrompt
 
@@ -73,12 +75,13 @@ def _from_preferences(row: dict[str, Any], i: int) -> RankedPrompt:
 
 def _from_pair(row: dict[str, Any], i: int, tokenizer: Any) -> RankedPrompt:
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
-    if isinstance(chosen, str):
-        prompt_ids, responses = _plain(prompt, chosen, rejected, tokenizer)
-    else:
-        prompt_ids, responses = _conversation(prompt, chosen, rejected, tokenizer)
+    try:
+        encode = _plain if isinstance(chosen, str) else _conversation
+        prompt_ids, responses = encode(prompt, chosen, rejected, tokenizer)
+    except Unusable as error:
+        raise UserError(f"dataset: row {i} cannot be used: {error}; leave it out") from None
     if not prompt_ids or not all(responses):
-        raise UserError(f"dataset: row {i} has no prompt, or an empty response")
+        raise UserError(f"dataset: row {i} has no prompt, or an empty response; leave it out")
     return RankedPrompt(
         prompt_id=str(row.get("prompt_id", i)),
         prompt=np.asarray(prompt_ids, dtype=np.int32),
@@ -91,15 +94,12 @@ def _from_pair(row: dict[str, Any], i: int, tokenizer: Any) -> RankedPrompt:
 
 
 def _plain(prompt: str | None, chosen: str, rejected: str, tokenizer: Any) -> tuple[list[int], list[list[int]]]:
-    """Text without a chat template; an implicit prompt is what both begin with, up to a space."""
+    """Text without a chat template; an implicit prompt is the common beginning, up to its last whole word."""
     if prompt is None:
-        same = next((k for k, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
-        same = min(len(chosen), len(rejected)) if same is None else same
-        while same > 0 and not chosen[same - 1].isspace():
-            same -= 1
-        prompt, chosen, rejected = chosen[:same].rstrip(), chosen[:same][len(chosen[:same].rstrip()) :] + chosen[same:], (
-            rejected[:same][len(rejected[:same].rstrip()) :] + rejected[same:]
-        )
+        pairs = zip(chosen, rejected, strict=False)
+        same = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        prompt = same[: max((i for i, c in enumerate(same) if c.isspace()), default=0)]
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
 
     def ids(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
@@ -110,8 +110,8 @@ def _plain(prompt: str | None, chosen: str, rejected: str, tokenizer: Any) -> tu
 
 def _conversation(prompt: Any, chosen: Any, rejected: Any, tokenizer: Any) -> tuple[list[int], list[list[int]]]:
     """Messages, through the same chat code as everywhere; an implicit prompt is all but the last message."""
-    from clha.chat import encode_prompt, encode_response
-
+    chat = Chat(tokenizer)
     if prompt is None:
-        prompt, chosen, rejected = chosen[:-1], chosen[-1:], rejected[-1:]
-    return encode_prompt(prompt, tokenizer), [encode_response(a[-1]["content"], tokenizer) for a in (chosen, rejected)]
+        prompt = chosen[:-1]
+    answers = [chat.encode_response(answer[-1]["content"]).token_ids for answer in (chosen, rejected)]
+    return chat.encode_prompt(prompt).token_ids, answers

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,7 +99,7 @@ def objective(
         if batch.reference_logps is None:
             raise ValueError(f"{loss} needs the reference's log-probabilities of every response")
         reference = batch.reference_logps.to(sum_logps)
-        shared = {
+        shared: dict[str, Any] = {
             "beta": beta,
             "pair_weights": batch.pair_weights,
             "candidate_mask": mask,

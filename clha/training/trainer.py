@@ -5,14 +5,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
+from transformers import AutoModelForCausalLM, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from clha.training import checks, policy
 from clha.training.arguments import ClhaConfig
-from clha.training.batches import MicroBatch, RankedPrompt, pack, pad, split_by_tokens
+from clha.training.batches import Layout, MicroBatch, RankedPrompt
 from clha.training.checkpoints import mark_complete
 from clha.training.datasets import as_ranked_prompts
 from clha.training.flops import peak_flops, training_flops
@@ -36,10 +37,12 @@ class ClhaTrainer(Trainer):
     """
 
     args: ClhaConfig
+    train_dataset: Any
+    eval_dataset: Any
 
     def __init__(
         self,
-        model: PreTrainedModel | str,
+        model: Any,
         args: ClhaConfig,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -52,17 +55,16 @@ class ClhaTrainer(Trainer):
         if peft_config is not None:
             from peft import get_peft_model
 
-            model = get_peft_model(model, peft_config)  # type: ignore[assignment]
+            model = get_peft_model(model, peft_config)
         super().__init__(
             model=model,
             args=args,
-            data_collator=list,
             train_dataset=as_ranked_prompts(train_dataset, processing_class),
             eval_dataset=as_ranked_prompts(eval_dataset, processing_class),
             processing_class=processing_class,
             **others,
         )
-        self.abilities = policy.attach(self.model, args.share_prompts, args.logits_megabytes << 20)
+        self.abilities = policy.attach(model, args.share_prompts, args.logits_megabytes << 20)
         self.notes = [self.abilities.reason] if self.abilities.reason else []  # lines that a person should read
         self._candidates = max(
             (d.max_candidates for d in (self.train_dataset, self.eval_dataset) if d is not None), default=2
@@ -83,9 +85,7 @@ class ClhaTrainer(Trainer):
         )
         return prompt_loader(self.train_dataset, sampler, args.dataloader_num_workers)
 
-    def get_batch_samples(
-        self, epoch_iterator: Any, num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Any]:
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The prompts of one optimizer step, and its denominators over all of them and all processes."""
         self._since = self._since or time.perf_counter()
         self._steps += 1
@@ -105,25 +105,18 @@ class ClhaTrainer(Trainer):
         All processes get equally many, so that all take part in every collective: who has less to do repeats
         something at weight 0.
         """
-        shared, device = self.abilities.shares_prompts, self.args.device
-
-        def laid_out(part: list[RankedPrompt]) -> MicroBatch:
-            if shared:
-                return pack(part, 128 if device.type == "cuda" else 1, self._pad_token_id).to(device)
-            return pad(part, self._pad_token_id).to(device)
-
-        cut = split_by_tokens(prompts, self.args.tokens_per_micro_batch, packed=shared) if prompts else []
-        batches = [(laid_out(part), 1.0) for part in cut]
+        layout = Layout(self.abilities.shares_prompts, self.args.device, self._pad_token_id)
+        batches = [(batch, 1.0) for batch in layout.micro_batches(prompts, self.args.tokens_per_micro_batch)]
         if self.args.world_size > 1:
-            most = int(self.accelerator.gather(torch.tensor([len(batches)], device=device)).max())
-            while len(batches) < most:
-                batches.insert(0, (laid_out([(prompts or [self.train_dataset[0]])[0]]), 0.0))
+            most = int(self.accelerator.gather(torch.tensor([len(batches)], device=self.args.device)).max())
+            idle = layout.batch((prompts or [self.train_dataset[0]])[:1])
+            batches = [(idle, 0.0)] * (most - len(batches)) + batches
         return batches
 
     # -- one step --------------------------------------------------------------------------------------------
 
-    def training_step(self, model: Any, inputs: list[RankedPrompt], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward over `inputs` in micro-batches. Returns the loss as it enters the log."""
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward over `inputs`, a list of prompts. Returns the loss as it enters the log."""
         over, scale = num_items_in_batch, float(self.args.world_size)  # data parallelism averages gradients
         if self.args.normalization == "reference":
             over, scale = count(inputs, self._candidates), 1.0 / self.current_gradient_accumulation_steps
@@ -190,7 +183,7 @@ class ClhaTrainer(Trainer):
         self._since += (time.perf_counter() - began) if self._since else 0.0
         sums.values = self._summed(sums.values)
         metrics = {f"{prefix}_{name}": value for name, value in ({"loss": sums["total"]} | sums.metrics(1)).items()}
-        return EvalLoopOutput(None, None, metrics, len(dataset))
+        return EvalLoopOutput(np.empty(0), None, metrics, len(dataset))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics of the steps since the last log to a training log."""

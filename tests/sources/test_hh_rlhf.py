@@ -55,7 +55,11 @@ def test_one_space_after_a_marker_belongs_to_it_and_all_else_to_the_text():
         (START + " a", START + " a", "same_response"),
         ("\n\nHuman: \n\nAssistant: a", "\n\nHuman: \n\nAssistant: b", "empty_turn"),
         ("\n\nHuman: x\n\nHuman: y\n\nAssistant: a", "\n\nHuman: x\n\nHuman: y\n\nAssistant: b", "role_order"),
-        ("\n\nHuman: x\n\nAssistant: y\n\nAssistant: a", "\n\nHuman: x\n\nAssistant: y\n\nAssistant: b", "last_not_user"),
+        (
+            "\n\nHuman: x\n\nAssistant: y\n\nAssistant: a",
+            "\n\nHuman: x\n\nAssistant: y\n\nAssistant: b",
+            "last_not_user",
+        ),
         (START + " Human: really", START + " b", "stray_marker"),
         (START + " a", START + " b\nAssistant: c", "stray_marker"),
         (START + " \udcff", START + " b", "invalid_unicode"),

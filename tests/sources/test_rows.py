@@ -74,6 +74,7 @@ def test_messages_that_are_no_prompt_are_refused(messages, expected):
         ("a", {"text": "b"}, None, "wrong_type"),
         ("\udc80", "b", None, "invalid_unicode"),
         ("a", "a", None, "same_response"),
+        ("a", " a\n", None, "same_response"),
         (["a", "b"], ["b"], None, "same_response"),
         ("a", "b", 7, "wrong_type"),
         ("a", "b", "\ud800", "invalid_unicode"),

@@ -54,7 +54,11 @@ def test_every_format_says_the_same(fields):
 
 
 def test_an_implicit_text_prompt_is_the_words_in_common():
-    assert parts(chosen="The sky is blue.", rejected="The sky is green.") == ([user("The sky is")], [" blue."], [" green."])
+    assert parts(chosen="The sky is blue.", rejected="The sky is green.") == (
+        [user("The sky is")],
+        [" blue."],
+        [" green."],
+    )
 
 
 def test_an_implicit_text_prompt_ends_with_a_whole_word_on_both_sides():
@@ -119,7 +123,9 @@ def test_rows_in_no_format_are_refused(fields, expected):
 
 
 def test_json_lines_and_parquet_say_the_same(tmp_path: Path):
-    rows = [{"prompt": [user(f"Question {i}")], "chosen": [assistant("a")], "rejected": [assistant("b")]} for i in range(3)]
+    rows = [
+        {"prompt": [user(f"Question {i}")], "chosen": [assistant("a")], "rejected": [assistant("b")]} for i in range(3)
+    ]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data.parquet")
     read = {

@@ -1,0 +1,106 @@
+"""`clha deploy`: the chain and each stage as deployments, started through the API, kept from piling up."""
+
+import json
+import signal
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chains import clha_command, environment, run_file
+from flow_cases import processes_of
+
+from clha.store import Home
+from flows import server
+
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "CRASHED"}
+
+
+class Api:
+    """The REST API of a Prefect server."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def call(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        request = urllib.request.Request(
+            self.url + path,
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"content-type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return json.load(response)
+
+    def start(self, deployment: str, **parameters: Any) -> str:
+        """Start a deployment now; returns the id of the flow run."""
+        found = self.call(f"/deployments/name/{deployment}")
+        body = {"state": {"type": "SCHEDULED"}, "parameters": {**found["parameters"], **parameters}}
+        return str(self.call(f"/deployments/{found['id']}/create_flow_run", body)["id"])
+
+    def wait(self, flow_run: str, seconds: float = 120) -> dict[str, Any]:
+        """The flow run when it has ended."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            run: dict[str, Any] = self.call(f"/flow_runs/{flow_run}")
+            if run["state"]["type"] in ENDED:
+                return run
+            time.sleep(0.5)
+        raise AssertionError(f"still {run['state']}")
+
+
+@pytest.fixture
+def served(home: Home, on_pairs: tuple[str, ...], tmp_path: Path) -> Iterator[Api]:
+    """`clha deploy` with a server of its own."""
+    port = server.free_port()
+    output = tmp_path / "output.txt"
+    with open(output, "wb") as log:
+        process = subprocess.Popen(
+            clha_command("deploy", *on_pairs, "--port", str(port)),
+            env=environment(home.root),
+            cwd=tmp_path,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while "Ctrl-C ends serving" not in output.read_text():
+            assert process.poll() is None and time.monotonic() < deadline, output.read_text()
+            time.sleep(0.2)
+        api = Api(f"http://127.0.0.1:{port}/api")
+        while len(api.call("/deployments/filter", {})) < 7:
+            assert process.poll() is None and time.monotonic() < deadline, output.read_text()
+            time.sleep(0.2)
+        yield api
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)
+        assert processes_of(home.root) == []
+
+
+def test_chain_and_stages_started_through_the_api_end_completed_and_a_second_start_is_cancelled(
+    served: Api, home: Home
+):
+    names = {d["name"] for d in served.call("/deployments/filter", {})}
+    flows = {f["name"] for f in served.call("/flows/filter", {})}
+    assert names == {"smoke"}
+    assert flows == {"pipeline", "prepare", "fit_reward", "generate", "rescore", "train", "evaluate"}
+    chain = served.call("/deployments/name/pipeline/smoke")
+    (schedule,) = chain["schedules"]
+    assert schedule["active"] and schedule["schedule"]["cron"] and schedule["schedule"]["timezone"]
+
+    first = served.start("pipeline/smoke", only="prepare")
+    second = served.start("pipeline/smoke", only="prepare")
+    ended = {run["state"]["type"]: run for run in (served.wait(first), served.wait(second))}
+    assert set(ended) == {"COMPLETED", "CANCELLED"}
+    name = ended["COMPLETED"]["name"]
+    assert name.startswith("smoke-20"), "a run without a name is named after deployment and time"
+    assert list(run_file(home.root, name)["nodes"]) == ["prepare"]
+
+    stage = served.wait(served.start("prepare/smoke", run=name))
+    assert stage["state"]["type"] == "COMPLETED" and stage["name"] == f"{name} prepare"
+
+    unknown = served.wait(served.start("prepare/smoke", run="nobody"))
+    assert unknown["state"]["type"] == "FAILED" and "no run `nobody`" in unknown["state"]["message"]

@@ -1,0 +1,138 @@
+"""What surrounds the stages: which of them a request builds, the plan, attempts, locks, the report, the verdict."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from flow_cases import files_below
+
+from clha.digests import digest_of
+from clha.errors import StageFailure, UserError
+from clha.runs import Run, existing_run, load_run
+from clha.store import Busy, Home
+from flows import launch
+from flows.launch import Request
+
+
+def silent(node: str, event: dict[str, object]) -> None:
+    """A listener that shows nothing."""
+
+
+@pytest.fixture
+def request_on_pairs(home: Home, pairs: Path, root: Path) -> Request:
+    data = ("prepare.source=chat_jsonl", f"prepare.path={pairs}")
+    return Request(home.root, root / "pipelines.yaml", "smoke", None, data)
+
+
+@pytest.fixture
+def prepared(request_on_pairs: Request) -> launch.Job:
+    """A run of which `prepare` is built."""
+    job = launch.accept(replace(request_on_pairs, only="prepare"))
+    launch.begin(job)
+    launch.run_stages(job, silent)
+    return launch.accept(request_on_pairs)
+
+
+def test_a_request_builds_all_stages_or_those_from_one_on_or_one_alone():
+    request = Request(Path("home"), Path("settings.yaml"))
+    assert request.stages() == ("prepare", "fit_reward", "generate", "rescore", "train", "evaluate")
+    assert replace(request, from_stage="train").stages() == ("train", "evaluate")
+    assert replace(request, only="generate").stages() == ("generate",)
+
+
+def test_the_run_is_named_after_the_profile_unless_it_is_given_a_name(request_on_pairs: Request):
+    assert launch.accept(request_on_pairs).name == "smoke"
+    assert launch.accept(replace(request_on_pairs, run="other")).name == "other"
+
+
+def test_a_plan_knows_what_is_stale_and_what_must_wait(request_on_pairs: Request):
+    states = {entry.node.name: entry.state for entry in launch.plan(launch.accept(request_on_pairs))}
+    assert states["prepare"] == "stale"
+    assert {state for name, state in states.items() if name != "prepare"} == {"waiting"}
+
+
+def test_a_plan_takes_what_comes_before_as_the_run_recorded_it(prepared: launch.Job, request_on_pairs: Request):
+    changed = (*request_on_pairs.overrides, "prepare.split_seed=5")
+    whole = launch.plan(launch.accept(replace(request_on_pairs, overrides=changed)))
+    assert whole[0].state == "stale" and whole[1].state == "waiting"
+    rest = launch.plan(launch.accept(replace(request_on_pairs, overrides=changed, from_stage="fit_reward")))
+    assert rest[0].node.name == "fit_reward.train" and rest[0].state == "stale"
+
+
+def test_a_plan_says_which_input_was_never_built(prepared: launch.Job, request_on_pairs: Request):
+    with pytest.raises(UserError, match=r"no finished prepare|no finished (generate|score)"):
+        launch.plan(launch.accept(replace(request_on_pairs, only="train")))
+
+
+def test_force_counts_an_attempt_for_the_nodes_to_build_and_changes_their_keys_only(
+    prepared: launch.Job, request_on_pairs: Request
+):
+    before = existing_run(prepared.home, "smoke")
+    forced = launch.accept(replace(request_on_pairs, only="prepare", force=True))
+    run = launch.begin(forced)
+    assert run.attempts == {"prepare": 1}
+    launch.run_stages(forced, silent)
+    after = existing_run(prepared.home, "smoke")
+    assert after.nodes["prepare"] != before.nodes["prepare"]
+    assert prepared.home.find("prepare", before.nodes["prepare"]) is not None
+    again = launch.accept(replace(request_on_pairs, only="prepare"))
+    assert [entry.state for entry in launch.plan(again)] == ["fresh"]
+
+
+def test_recording_a_run_of_which_all_is_there_writes_nothing_the_second_time(request_on_pairs: Request, home: Home):
+    first = launch.accept(replace(request_on_pairs, only="prepare"))
+    launch.begin(first)
+    launch.run_stages(first, silent)
+    other = launch.accept(replace(request_on_pairs, only="prepare", run="other"))
+    launch.record_fresh(other, launch.plan(other))
+    assert existing_run(home, "other").nodes == {"prepare": existing_run(home, "smoke").nodes["prepare"]}
+    before = files_below(home.root)
+    launch.record_fresh(other, launch.plan(other))
+    assert files_below(home.root) == before
+
+
+def test_amending_a_run_saves_the_changed_setting_and_refuses_a_wrong_one(prepared: launch.Job):
+    run = existing_run(prepared.home, "smoke")
+    launch.amend(prepared.home, run, "train", ["train.margin=0.5"], force=False)
+    saved = load_run(prepared.home, "smoke")
+    assert saved is not None and saved.settings["train"]["margin"] == 0.5 and saved.attempts == {}
+    with pytest.raises(UserError, match="did you mean `margin`"):
+        launch.amend(prepared.home, run, "train", ["train.margn=0.5"], force=False)
+
+
+def test_the_lock_of_a_run_is_shared_inside_one_process_and_held_against_others(home: Home):
+    with launch.locked(home, "r"):
+        with launch.locked(home, "r"):
+            pass
+        with pytest.raises(Busy), home.lock("run-r"):
+            pass
+    with home.lock("run-r"):
+        pass
+
+
+def test_a_report_is_fresh_while_the_run_points_at_what_it_shows(home: Home):
+    run = Run("r", "smoke", {}, {"evaluate": "k1"})
+    assert not launch.report_is_fresh(home, run)
+    run.note("report", nodes=digest_of(run.nodes))
+    assert not launch.report_is_fresh(home, run), "noted, but not there"
+    launch.report_path(home, "r").parent.mkdir(parents=True)
+    launch.report_path(home, "r").write_text("<html>")
+    assert launch.report_is_fresh(home, run)
+    run.nodes["evaluate"] = "k2"
+    assert not launch.report_is_fresh(home, run)
+
+
+def test_a_report_that_cannot_be_built_is_one_line_with_its_log(prepared: launch.Job):
+    prepared.home.reports.write_text("a file where the folder should be")
+    with pytest.raises((UserError, StageFailure), match=r"^report: [^\n]+report\.log\)$"):
+        launch.build_report(prepared.home, "smoke", prepared.settings, silent)
+
+
+@pytest.mark.parametrize(
+    ("interval", "said"),
+    [([0.1, 0.5], "is better"), ([-0.1, 0.5], "no clear difference"), ([-0.5, -0.1], "is worse")],
+)
+def test_the_verdict_says_what_the_interval_allows(interval: list[float], said: str):
+    reward = {"base": 0.25, "trained": 0.5, "gain": 0.25, "interval": interval, "prompts": 96}
+    line = launch.verdict({"reward": reward})
+    assert "0.250 before, 0.500 after" in line and "96 prompts" in line and said in line

@@ -1,0 +1,81 @@
+"""What the UI is given: keys it accepts, tables that are JSON, lines within bounds; a lost server is no failure."""
+
+from typing import Any
+
+import httpx
+import pytest
+
+from flows import present
+
+METRICS: dict[str, Any] = {
+    "reward": {"base": 0.1, "trained": 0.4, "gain": 0.3, "interval": [0.1, 0.5], "prompts": 8},
+    "wins": 5,
+    "ties": 1,
+    "losses": 2,
+    "subsets": {"harmless": {"reward": {"base": 0.1, "trained": float("nan"), "gain": 0.0, "interval": [0, 0]}}},
+}
+
+
+@pytest.fixture(autouse=True)
+def publishing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(present, "_off", set())
+
+
+@pytest.mark.parametrize(
+    ("parts", "key"),
+    [
+        (("demo", "fit_reward.train", "progress"), "demo-fit-reward-train-progress"),
+        (("Nightly_2026.01.02", "train"), "nightly-2026-01-02-train"),
+        (("r-", "x"), "r-x"),
+    ],
+)
+def test_artifact_keys_are_lowercase_letters_digits_and_dashes(parts: tuple[str, ...], key: str):
+    assert present.artifact_key(*parts) == key
+
+
+def test_the_table_of_metrics_has_a_row_for_all_and_for_each_subset_and_holds_no_nan():
+    rows = present.metrics_rows(METRICS)
+    assert [row["subset"] for row in rows] == ["all", "harmless"]
+    assert rows[0]["low"] == 0.1 and rows[0]["high"] == 0.5 and rows[1]["trained"] is None
+
+
+@pytest.mark.parametrize("error", [httpx.ConnectError("refused"), httpx.ReadTimeout("slow"), OSError("gone")])
+def test_a_server_that_takes_nothing_is_said_once_and_asked_no_more(error: Exception, caplog: pytest.LogCaptureFixture):
+    calls = []
+
+    def call() -> None:
+        calls.append(1)
+        raise error
+
+    assert present.publish(call) is None and present.publish(call) is None
+    assert len(calls) == 1
+    assert sum("goes on without them" in record.message for record in caplog.records) == 1
+
+
+def test_a_mistake_of_ours_is_not_taken_for_a_lost_server():
+    def call() -> None:
+        raise KeyError("ours")
+
+    with pytest.raises(KeyError):
+        present.publish(call)
+
+
+def test_progress_is_published_at_once_then_every_few_seconds_and_at_the_end(monkeypatch: pytest.MonkeyPatch):
+    now, sent = [1000.0], []
+    monkeypatch.setattr(present.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(present, "create_progress_artifact", lambda percent, **_: sent.append(percent) or "id")
+    monkeypatch.setattr(present, "update_progress_artifact", lambda artifact, percent, **_: sent.append(percent))
+    page = present.NodePage("r", "train")
+    for step in range(101):
+        page.listen("train", {"event": "progress", "done": step, "total": 100, "unit": "steps", "note": ""})
+        now[0] += 0.1  # 10 seconds in all
+    assert sent[0] == 0 and sent[-1] == 100 and len(sent) == 5
+
+
+def test_the_output_of_a_node_is_cut_after_many_lines(caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO", logger="clha")
+    page = present.NodePage("r", "generate")
+    for i in range(5000):
+        page.listen("generate", {"event": "output", "line": f"0%|\r50%|\rline {i}"})
+    messages = [record.message for record in caplog.records]
+    assert len(messages) == 1001 and messages[3] == "line 3" and "log file" in messages[-1]

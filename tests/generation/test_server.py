@@ -1,0 +1,292 @@
+"""A vLLM server in place of the engine in this process."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from clha.config import Engine, settings_from
+from clha.errors import StageFailure, TransientFailure, UserError
+from clha.generation import server as server_module
+from clha.generation.requests import Request, Sampling
+from clha.generation.server import ServerEngine, served, served_identity
+from clha.runs import Run, save_run
+from clha.stages import chain, runner
+from clha.store import Home
+
+SAMPLING = Sampling(n=2, temperature=1.0, top_p=1.0, max_tokens=4, stop_token_ids=(1,))
+
+# path, headers, body -> status, answer
+Answer = Callable[[str, dict[str, str], dict[str, Any]], tuple[int, Any]]
+
+
+def models(max_model_len: int = 64, root: str = "elsewhere/policy") -> dict[str, Any]:
+    return {"data": [{"id": "/somewhere/policy", "root": root, "max_model_len": max_model_len}]}
+
+
+def completion(body: dict[str, Any]) -> dict[str, Any]:
+    choices = [
+        {
+            "index": k,
+            "token_ids": [k, *body["prompt"]],
+            "logprobs": {"token_logprobs": [-0.5] * 3},
+            "finish_reason": "stop",
+        }
+        for k in range(body["n"])
+    ]
+    return {"choices": choices[::-1]}
+
+
+@pytest.fixture
+def answering(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Answer], str]]:
+    """Starts an HTTP server that answers as told; returns its URL."""
+    monkeypatch.setattr(server_module, "_FIRST_DELAY", 0.001)
+    running: list[ThreadingHTTPServer] = []
+
+    def start(answer: Answer) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def _reply(self) -> None:
+                length = int(self.headers.get("Content-Length") or 0)
+                body = json.loads(self.rfile.read(length)) if length else {}
+                status, value = answer(self.path, dict(self.headers), body)
+                data = value.encode() if isinstance(value, str) else json.dumps(value).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            do_GET = do_POST = _reply
+
+            def log_message(self, *args: Any) -> None: ...
+
+        httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        running.append(httpd)
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{httpd.server_port}/v1"
+
+    yield start
+    for httpd in running:
+        httpd.shutdown()
+        httpd.server_close()
+
+
+def plain(path: str, headers: dict[str, str], body: dict[str, Any]) -> tuple[int, Any]:
+    if path == "/v1/models":
+        return 200, models()
+    if path == "/version":
+        return 200, {"version": "0.32.0"}
+    return 200, completion(body)
+
+
+def engine(url: str, **more: Any) -> ServerEngine:
+    return ServerEngine(Path("policy"), Engine(mode="server", url=url, max_model_len=64, **more), SAMPLING)
+
+
+def all_results(made: ServerEngine) -> dict[str, Any]:
+    results = {}
+    while made.pending:
+        results |= {r.id: r for r in made.poll()}
+    made.close()
+    return results
+
+
+def test_requests_carry_token_ids_and_samples_come_back_in_order(answering: Callable[[Answer], str]) -> None:
+    bodies: list[dict[str, Any]] = []
+
+    def answer(path: str, headers: dict[str, str], body: dict[str, Any]) -> tuple[int, Any]:
+        if body:
+            bodies.append(body)
+        return plain(path, headers, body)
+
+    made = engine(answering(answer), max_concurrency=3)
+    for k in range(10):
+        made.submit(Request(f"r{k}", [7, k], seed=100 + k))
+    results = all_results(made)
+    assert {i: [s.token_ids for s in r.samples] for i, r in results.items()} == {
+        f"r{k}": [[0, 7, k], [1, 7, k]] for k in range(10)
+    }
+    assert sorted(b["seed"] for b in bodies) == list(range(100, 110))
+    assert all(b["n"] == 2 and b["stop_token_ids"] == [1] and b["return_token_ids"] for b in bodies)
+    # The model's own generation_config.json must not sneak in.
+    assert all((b["top_k"], b["repetition_penalty"]) == (0, 1.0) for b in bodies)
+
+
+def test_a_server_that_is_busy_for_a_moment_is_asked_again(answering: Callable[[Answer], str]) -> None:
+    refusals = iter([503, 429, 500])
+
+    def answer(path: str, headers: dict[str, str], body: dict[str, Any]) -> tuple[int, Any]:
+        status = next(refusals, 200) if body else 200
+        return (status, {}) if status != 200 else plain(path, headers, body)
+
+    made = engine(answering(answer), max_concurrency=1)
+    made.submit(Request("r", [7, 8], seed=1))
+    assert set(all_results(made)) == {"r"}
+
+
+def test_a_server_that_stays_away_is_a_failure_that_may_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "_FIRST_DELAY", 0.001)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    with pytest.raises(TransientFailure, match="no answer"):
+        served(url)
+    with pytest.raises(UserError, match="start the server"):
+        served_identity(url)
+
+
+def test_the_key_is_sent_and_a_refused_one_is_the_users_to_mend(
+    answering: Callable[[Answer], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(path: str, headers: dict[str, str], body: dict[str, Any]) -> tuple[int, Any]:
+        right = headers.get("Authorization") == "Bearer open sesame"
+        return plain(path, headers, body) if right else (401, {"error": "Unauthorized"})
+
+    url = answering(answer)
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    with pytest.raises(UserError, match="VLLM_API_KEY"):
+        served(url)
+    monkeypatch.setenv("VLLM_API_KEY", "open sesame")
+    assert served(url).version == "0.32.0"
+
+
+def test_a_key_holds_the_served_models_name_and_version_but_no_path(answering: Callable[[Answer], str]) -> None:
+    assert served_identity(answering(plain)) == {"model": "policy", "version": "0.32.0"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ((200, {"data": []}), "serves no model"),
+        ((200, "<html>"), "not JSON"),
+        ((404, "nothing here"), "status 404"),
+    ],
+)
+def test_what_is_no_vllm_server_is_one_clear_line(
+    answering: Callable[[Answer], str], answer: tuple[int, Any], expected: str
+) -> None:
+    with pytest.raises((UserError, StageFailure), match=expected) as error:
+        served(answering(lambda *_: answer))
+    assert "\n" not in str(error.value)
+
+
+def test_a_server_with_too_short_a_context_is_refused(answering: Callable[[Answer], str]) -> None:
+    url = answering(lambda path, headers, body: (200, models(max_model_len=63)))
+    with pytest.raises(UserError, match="max_model_len is 64, but .* was started with 63"):
+        engine(url)
+
+
+def test_a_server_of_another_model_on_this_machine_is_refused(
+    answering: Callable[[Answer], str], tiny_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    url = answering(lambda path, headers, body: (200, models(root=str(tmp_path))))
+    with pytest.raises(UserError, match="is not the policy"):
+        ServerEngine(tiny_model, Engine(mode="server", url=url, max_model_len=64), SAMPLING)
+
+
+def test_an_answer_without_token_ids_is_refused(answering: Callable[[Answer], str]) -> None:
+    def answer(path: str, headers: dict[str, str], body: dict[str, Any]) -> tuple[int, Any]:
+        return (200, {"choices": [{"index": 0}]}) if body else plain(path, headers, body)
+
+    made = engine(answering(answer))
+    made.submit(Request("r", [7], seed=1))
+    with pytest.raises(StageFailure, match="lacks 'token_ids'"):
+        made.poll()
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def vllm_server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real server with the tiny model."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    flags = ["--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "8", "--enforce-eager"]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "TORCH_COMPILE_DISABLE": "1",
+        "VLLM_API_KEY": "for the test",
+    }
+    with open(log, "w") as output:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny_model)]
+            + ["--host", "127.0.0.1", "--port", str(port), "--no-enable-chunked-prefill", *flags],
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    url = f"http://127.0.0.1:{port}"
+    deadline = time.monotonic() + 240
+    try:
+        while True:
+            assert child.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            try:
+                if httpx.get(f"{url}/health").status_code == 200:
+                    break
+            except httpx.TransportError:
+                time.sleep(0.5)
+        yield f"{url}/v1"
+    finally:
+        os.killpg(child.pid, 15)
+        child.wait(30)
+
+
+@pytest.mark.slow  # a real server needs 40 s until it answers
+def test_a_real_server_gives_the_rows_of_the_engine_in_process(
+    vllm_server: str, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "for the test")
+    data = tmp_path / "data.jsonl"
+    data.write_text(
+        "".join(json.dumps({"messages": [{"role": "user", "content": f"Why {k}?"}]}) + "\n" for k in range(24))
+    )
+    judge = {"reward": {"type": "sequence_classification", "model": "nowhere"}}
+    tree = {
+        "policy": {"model": "bundled:tiny-random"},
+        "prepare": {
+            "source": "chat_jsonl",
+            "path": str(data),
+            "splits": {"train": 0.6, "dev": 0.2, "test": 0.2, "reward_train": 0, "reward_eval": 0},
+        },
+        "generate": {
+            "n": 1,
+            "temperature": 0,
+            "max_tokens": 12,
+            "max_prompt_tokens": 100,
+            "shard_size": 8,
+            "engine": {"max_model_len": 200, "args": {"max_num_seqs": 8, "kv_cache_memory_bytes": 1 << 26}},
+        },
+        "rescore": judge,
+        "evaluate": judge,
+        "execution": {"min_free_disk_gb": 0.1, "retries": 0},
+    }
+    made = {}
+    for name, engine_settings in {"in_process": {}, "server": {"mode": "server", "url": vllm_server}}.items():
+        tree["generate"]["engine"] |= engine_settings  # type: ignore[index]
+        settings = settings_from(tree, (), where="test")
+        run = Run(name, "test", settings.model_dump(mode="json"))
+        save_run(home, run)
+        for node in chain.nodes(settings)[:2]:
+            made[name] = runner.build(home, run, settings, node, lambda *_: None).artifact
+    here, there = made["in_process"].rows("candidates"), made["server"].rows("candidates")
+    assert len(here) == made["in_process"].manifest["rows_in"] > 10
+    for a, b in zip(here, there, strict=True):
+        assert a.pop("response_logprobs") == pytest.approx(b.pop("response_logprobs"), abs=1e-4)
+        assert a == b
+    assert made["server"].manifest["engine"]["mode"] == "server"
+    assert made["server"].key != made["in_process"].key

@@ -1,0 +1,138 @@
+"""Small real artifacts and nodes for the tests of fitting, scoring and weighing."""
+
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from clha.config import Settings
+from clha.digests import digest_of, prompt_id
+from clha.progress import Event, Progress
+from clha.schema import CANDIDATES, PROMPTS
+from clha.stages.chain import nodes
+from clha.stages.work import Work
+from clha.store import Artifact, ArtifactWriter, Home
+
+TINY = "bundled:tiny-random"
+
+_GOOD = ["gladly", "warm", "clear", "kind", "exact", "helpful", "gentle", "useful", "thanks", "precise"]
+_BAD = ["whatever", "nope", "dunno", "boring", "vague", "lazy", "rude", "wrong", "silly", "useless"]
+_TOPICS = [
+    "tea",
+    "rain",
+    "bread",
+    "maps",
+    "trains",
+    "music",
+    "roses",
+    "bikes",
+    "snow",
+    "boats",
+    "chess",
+    "lamps",
+    "soup",
+    "wool",
+    "kites",
+]
+
+
+def preference_rows(count: int, split: str = "reward_train", seed: int = 0) -> list[dict[str, Any]]:
+    """Rows of `prompts` whose chosen and rejected responses prefer different words."""
+    draw = random.Random(seed)
+    rows = []
+    for i in range(count):
+        messages = [{"role": "user", "content": f"Tell me about {draw.choice(_TOPICS)} and {i}."}]
+        chosen = " ".join(draw.choices(_GOOD * 5 + _BAD, k=draw.randint(4, 9)))
+        rejected = " ".join(draw.choices(_BAD * 5 + _GOOD, k=draw.randint(4, 9)))
+        rows.append(prompt_row(messages, split, [chosen], [rejected]))
+    return rows
+
+
+def prompt_row(
+    messages: list[dict[str, str]], split: str, chosen: list[str] | None = None, rejected: list[str] | None = None
+) -> dict[str, Any]:
+    """One row of `prompts`."""
+    return {
+        "prompt_id": prompt_id(messages),
+        "source": "test",
+        "subset": "all",
+        "split": split,
+        "messages": messages,
+        "chosen": chosen or [],
+        "rejected": rejected or [],
+    }
+
+
+def candidate_row(prompt: Mapping[str, Any], number: int, text: str, origin: str = "generated") -> dict[str, Any]:
+    """One row of `candidates`; the token IDs are of no interest here."""
+    return {
+        "prompt_id": prompt["prompt_id"],
+        "candidate_id": number,
+        "origin": origin,
+        "text": text,
+        "prompt_token_ids": [1],
+        "response_token_ids": [5, 2],
+        "response_logprobs": None,
+        "finish_reason": "eos",
+        "truncated_turns": 0,
+        "seed": 0,
+        "generator": "test",
+    }
+
+
+def settings(**changes: Any) -> Settings:
+    """Settings with the tiny model everywhere; `changes` are whole groups."""
+    fit = {"encoder": TINY, "layer": 1, "max_tokens": 256, "folds": 3}
+    tree = {
+        "policy": {"model": TINY},
+        "prepare": {"source": "chat_jsonl", "path": "/nowhere"},
+        "fit_reward": {"train": fit, "eval": fit},
+    }
+    return Settings.model_validate(tree | changes)
+
+
+def write_artifact(
+    home: Home, kind: str, tables: Mapping[str, tuple[list[dict[str, Any]] | pa.Table, Any]]
+) -> Artifact:
+    """An artifact with one shard of each table."""
+    writer = ArtifactWriter(home, kind, digest_of([kind, sorted(tables)])[:24])
+    rows = 0
+    for name, (content, schema) in tables.items():
+        writer.write_shard(name, 0, content, schema)
+        rows = len(content)
+    return writer.finish(rows_in=rows, rows_out=rows, facts={})
+
+
+def write_prompts(home: Home, rows: list[dict[str, Any]]) -> Artifact:
+    return write_artifact(home, "prepare", {"prompts": (rows, PROMPTS)})
+
+
+def write_candidates(home: Home, rows: list[dict[str, Any]]) -> Artifact:
+    return write_artifact(home, "generate", {"candidates": (rows, CANDIDATES)})
+
+
+def node_work(
+    home: Home,
+    settings: Settings,
+    node: str,
+    inputs: Mapping[str, Artifact],
+    models: Mapping[str, Path] | None = None,
+    events: list[Event] | None = None,
+) -> Work:
+    """What a stage's build function gets for `node`, without a run around it."""
+    planned = next(n for n in nodes(settings) if n.name == node)
+    parts = {
+        "kind": planned.kind,
+        "code_version": 1,
+        "settings": planned.settings,
+        "inputs": {name: a.content for name, a in inputs.items()},
+        "models": {role: str(path) for role, path in (models or {}).items()},
+        "versions": {},
+    }
+    key = digest_of([parts, node])[:24]
+    progress = Progress(events.append if events is not None else None, interval=0)
+    return Work(
+        home, "test", node, settings, parts, inputs, models or {}, ArtifactWriter(home, planned.kind, key), progress
+    )

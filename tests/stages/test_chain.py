@@ -1,0 +1,163 @@
+"""The plan: a change rebuilds exactly what it touches, and says why. Artifacts here are written by hand, in place."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from clha.config import Settings, load_settings
+from clha.errors import UserError
+from clha.runs import Run
+from clha.stages import chain
+from clha.store import ArtifactWriter, Home
+
+ALL = [
+    "prepare", "fit_reward.train", "fit_reward.eval", "generate", "score", "weigh", "train",
+    "answers.base", "answers.trained", "evaluate",
+]  # fmt: skip
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"messages": []}\n')
+    return path
+
+
+def settings(root: Path, data: Path, *overrides: str) -> Settings:
+    return load_settings(root / "pipelines.yaml", "smoke", [f"prepare.path={data}", *overrides])[1]
+
+
+def build_all(home: Home, run: Run, s: Settings, content: str = "") -> None:
+    """Put an artifact with some content where each planned node's would be."""
+    for _ in ALL:
+        for planned in chain.plan(home, run, s):
+            if planned.state == "stale":
+                writer = ArtifactWriter(home, planned.node.kind, planned.key)
+                writer.write_bytes("data.json", f"{planned.node.name} {planned.parts} {content}".encode())
+                facts = {"key_parts": planned.parts, "settings": {}, "inputs": {}, "code_version": 1, "versions": {}}
+                writer.finish(rows_in=0, rows_out=0, facts=facts)
+            if planned.key:
+                run.nodes[planned.node.name] = planned.key
+
+
+def states(home: Home, run: Run, s: Settings) -> dict[str, str]:
+    return {p.node.name: p.state for p in chain.plan(home, run, s)}
+
+
+@pytest.fixture
+def built(home: Home, root: Path, data: Path) -> Run:
+    run = Run("r", "smoke", {})
+    build_all(home, run, settings(root, data))
+    return run
+
+
+def not_fresh(home: Home, run: Run, s: Settings) -> set[str]:
+    return {name for name, state in states(home, run, s).items() if state != "fresh"}
+
+
+def test_the_chain_has_the_nodes_of_the_contract_in_an_order_in_which_they_can_be_built(root: Path, data: Path):
+    nodes = chain.nodes(settings(root, data))
+    assert [n.name for n in nodes] == ALL
+    for i, node in enumerate(nodes):
+        assert set(node.inputs) <= {n.name for n in nodes[:i]}
+
+
+def test_nothing_is_built_twice(home: Home, root: Path, data: Path, built: Run):
+    assert not_fresh(home, built, settings(root, data)) == set()
+
+
+@pytest.mark.parametrize(
+    ("override", "touched"),
+    [
+        ("train.margin=0.9", {"train", "answers.trained", "evaluate"}),
+        ("rescore.noise.quantile=0.4", {"weigh", "train", "answers.trained", "evaluate"}),
+        ("generate.temperature=0.5", {"generate", "score", "weigh", "train", "answers.trained", "evaluate"}),
+        ("evaluate.resamples=77", {"evaluate"}),
+        ("evaluate.max_tokens=7", {"answers.base", "answers.trained", "evaluate"}),
+        ("fit_reward.eval.l2=0.5", {"fit_reward.eval", "evaluate"}),
+        ("prepare.split_seed=5", set(ALL)),
+        ("train.tokens_per_micro_batch=17", set()),
+        ("execution.timeout_minutes=5", set()),
+        ("train.checkpoint_steps=3", set()),
+        ("schedule.cron=1 1 * * *", set()),
+    ],
+)
+def test_a_change_touches_exactly_what_depends_on_it(
+    home: Home, root: Path, data: Path, built: Run, override: str, touched: set[str]
+):
+    assert not_fresh(home, built, settings(root, data, override)) == touched
+
+
+def test_the_place_of_the_data_does_not_matter_its_bytes_do(home: Home, root: Path, data: Path, built: Run):
+    moved = data.parent / "moved" / data.name
+    moved.parent.mkdir()
+    shutil.copy(data, moved)
+    assert not_fresh(home, built, settings(root, moved)) == set()
+    moved.write_text('{"messages": [1]}\n')
+    assert states(home, built, settings(root, moved))["prepare"] == "stale"
+
+
+def test_changed_code_rebuilds(home: Home, root: Path, data: Path, built: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(chain.CODE_VERSION, "weigh", 999)
+    assert "weigh" in not_fresh(home, built, settings(root, data))
+    assert "score" not in not_fresh(home, built, settings(root, data))
+
+
+def test_the_same_content_under_another_key_saves_what_follows(home: Home, root: Path, data: Path, built: Run):
+    """An artifact that comes out the same although its settings differ leaves everything after it fresh."""
+    s = settings(root, data, "prepare.max_quarantined=0.5")
+    planned = chain.plan(home, built, s)[0]
+    assert planned.state == "stale"
+    old = home.find("prepare", built.nodes["prepare"])
+    writer = ArtifactWriter(home, "prepare", planned.key)
+    writer.write_bytes("data.json", (old.folder / "data.json").read_bytes())
+    writer.finish(rows_in=0, rows_out=0, facts={"key_parts": planned.parts})
+    assert not_fresh(home, built, s) == set()
+
+
+def test_a_new_attempt_is_a_new_key_and_does_not_disturb_other_runs(home: Home, root: Path, data: Path, built: Run):
+    s = settings(root, data)
+    other = Run("other", "smoke", {}, dict(built.nodes))
+    built.attempts["train"] = 1
+    assert "train" in not_fresh(home, built, s)
+    assert not_fresh(home, other, s) == set()
+
+
+def test_a_damaged_artifact_is_built_again(home: Home, root: Path, data: Path, built: Run):
+    (home.artifact_folder("score", built.nodes["score"]) / "data.json").unlink()
+    assert states(home, built, settings(root, data))["score"] == "stale"
+
+
+def test_taken_stages_are_used_as_recorded(home: Home, root: Path, data: Path, built: Run):
+    s = settings(root, data, "generate.temperature=0.5", "train.margin=0.9")
+    taken = ["prepare", "fit_reward", "generate", "rescore"]
+    planned = {p.node.name: p for p in chain.plan(home, built, s, taken=taken)}
+    assert planned["generate"].key == built.nodes["generate"] and planned["generate"].state == "fresh"
+    assert planned["train"].state == "stale"
+    with pytest.raises(UserError, match="has no finished prepare"):
+        chain.plan(home, Run("empty", "smoke", {}), s, taken=taken)
+
+
+def test_why_names_the_part_that_changed_with_old_and_new_value(home: Home, root: Path, data: Path, built: Run):
+    planned = {p.node.name: p for p in chain.plan(home, built, settings(root, data, "train.margin=0.9"))}
+    assert chain.why(built, home, planned["train"]) == ["train: settings.margin: 0.3 -> 0.9"]
+    assert chain.why(built, home, planned["score"]) == ["score: up to date"]
+    assert chain.why(built, home, planned["evaluate"])[0].startswith("evaluate: waits for")
+    assert chain.why(Run("new", "smoke", {}), home, planned["score"]) == ["score: found under another run"]
+
+
+def test_keys_are_hex_of_at_least_16_digits(built: Run):
+    assert all(len(k) >= 16 and set(k) <= set("0123456789abcdef") for k in built.nodes.values())
+    assert json.dumps(built.nodes)
+
+
+def test_an_unknown_stage_names_those_there_are(root: Path, data: Path):
+    with pytest.raises(UserError, match="no stage `trian`; there are prepare"):
+        chain.select_nodes(settings(root, data), ["trian"])
+
+
+def test_reward_models_that_are_given_need_no_fitting(root: Path):
+    names = [n.name for n in chain.nodes(load_settings(root / "pipelines.yaml", "hh-7b")[1])]
+    assert "fit_reward.train" not in names and "fit_reward.eval" not in names

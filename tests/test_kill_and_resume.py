@@ -1,0 +1,76 @@
+"""A stage that is killed goes on where it stopped and ends with the same tables as one that was not."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from chains import ROOT, artifact_folder, clha, clha_command, environment, file_digests, referee, run_file
+
+# node, what appears under work/<kind>/*/ when some of the work is done, how many of them make a whole
+CASES = [
+    pytest.param("prepare", "prepare", "artifact/prompts-*.parquet", id="prepare"),
+    pytest.param("fit_reward", "fit_reward.train", "scratch/**/*.*", id="fit_reward"),
+    pytest.param("generate", "generate", "artifact/candidates-*.parquet", id="generate"),
+    pytest.param("rescore", "score", "artifact/rewards-*.parquet", id="score"),
+    pytest.param("train", "train", "scratch/**/checkpoint-*", id="train"),
+    pytest.param("evaluate", "answers.trained", "artifact/answers-*.parquet", id="answers"),
+]
+
+
+def kill_when_some_work_is_done(home: Path, stage: str, kind: str, pattern: str) -> list[str]:
+    """Start a stage, SIGKILL its processes as soon as a file matches; returns what was there then."""
+    parent = subprocess.Popen(
+        clha_command("run-stage", stage, "--run", "smoke"),
+        cwd=ROOT,
+        env=environment(home),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 240
+    done: list[Path] = []
+    while not done and time.monotonic() < deadline and parent.poll() is None:
+        done = [p for p in (home / "work" / kind).glob(f"*/{pattern}") if not p.name.startswith(".tmp")]
+        time.sleep(0.002)
+    children = psutil.Process(parent.pid).children(recursive=True) if parent.poll() is None else []
+    for process in children:
+        try:
+            os.kill(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    parent.kill()
+    parent.wait()
+    psutil.wait_procs(children, timeout=10)
+    return sorted(str(p) for p in (home / "work" / kind).glob(f"*/{pattern}"))
+
+
+@pytest.mark.parametrize(("stage", "node", "pattern"), CASES)
+def test_a_killed_stage_goes_on_and_ends_with_the_same_tables(
+    smoke_home: Path, smoke_copy: Path, stage: str, node: str, pattern: str, request: pytest.FixtureRequest
+):
+    kind = node.split(".")[0]
+    shutil.rmtree(artifact_folder(smoke_copy, "smoke", node))
+    partial = kill_when_some_work_is_done(smoke_copy, stage, kind, pattern)
+    assert partial, "the stage was over, or dead, before any work was seen"
+    assert not artifact_folder(smoke_copy, "smoke", node).exists(), "all work was done before the kill"
+    kept = {p: os.stat(p).st_mtime_ns for p in partial if Path(p).suffix == ".parquet" and "/artifact/" in p}
+
+    clha(smoke_copy, "run", "--profile", "smoke", "--run", "smoke")
+
+    assert run_file(smoke_copy, "smoke")["nodes"] == run_file(smoke_home, "smoke")["nodes"]
+    compared = ("model/model", "metrics-") if node == "train" else ("",)
+    after, before = (file_digests(h, "smoke", node, beginning=compared) for h in (smoke_copy, smoke_home))
+    if node == "train":  # the metrics hold speeds; their steps are compared, the weights bit for bit
+        after.pop("metrics-00000.parquet"), before.pop("metrics-00000.parquet")
+    assert after == before
+    folder = artifact_folder(smoke_copy, "smoke", node)
+    for path, modified in kept.items():
+        assert (folder / Path(path).name).stat().st_mtime_ns == modified, "a finished shard was written again"
+    assert not [p for p in (smoke_copy / "work").rglob("*") if p.is_file()]
+    if (ROOT.parent / "shared").is_dir():
+        referee(request.getfixturevalue("shared"), smoke_copy, "smoke")

@@ -1,0 +1,235 @@
+"""Shared prompts against separate passes, for the families of architectures."""
+
+from typing import Any
+
+import pytest
+import torch
+from training_cases import VOCABULARY, Prompts
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    CohereConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from clha.training import attention, policy
+from clha.training.batches import MicroBatch, RankedPrompt, pack, pad
+from clha.training.logprobs import sum_by_response
+
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+NEOX = {k: v for k, v in SMALL.items() if k != "num_key_value_heads"}
+
+SHARING = {
+    "llama": LlamaConfig(**SMALL),
+    "qwen2": Qwen2Config(**SMALL),
+    "qwen2 with windows": Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=4, max_window_layers=1),
+    "qwen3": Qwen3Config(**SMALL, head_dim=16),
+    "mistral": MistralConfig(**SMALL, sliding_window=None),
+    "mistral with a window": MistralConfig(**SMALL, sliding_window=4),
+    "gemma2": Gemma2Config(
+        **SMALL,
+        head_dim=16,
+        sliding_window=4,
+        query_pre_attn_scalar=16,
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=3.0,
+    ),
+    "gemma3": Gemma3TextConfig(**SMALL, head_dim=16, sliding_window=4, query_pre_attn_scalar=16),
+    "gpt-neox": GPTNeoXConfig(**NEOX),
+    "cohere": CohereConfig(**SMALL, logit_scale=0.25),
+    "granite": GraniteConfig(**SMALL, logits_scaling=3.0),
+}
+PADDED = {
+    "bloom": BloomConfig(vocab_size=VOCABULARY, hidden_size=64, n_layer=2, n_head=4),
+    "mamba": MambaConfig(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2),
+}
+
+
+def make(config: PreTrainedConfig) -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            # The usual small initial weights would hide a wrong mask behind near-uniform attention.
+            torch.nn.init.normal_(parameter, std=0.15)
+    return model
+
+
+def separate_passes(model: Any, prompts: list[RankedPrompt], n: int) -> torch.Tensor:
+    """[B, n] summed log-probabilities by one unpadded pass per response through the model's own forward."""
+    rows = []
+    for prompt in prompts:
+        sums = []
+        for response in prompt.responses:
+            ids = torch.tensor([[*prompt.prompt.tolist(), *response.tolist()]])
+            logps = model(input_ids=ids).logits[0, len(prompt.prompt) - 1 : -1].float().log_softmax(-1)
+            sums.append(logps.gather(1, ids[0, len(prompt.prompt) :, None]).sum())
+        rows.append(torch.stack([*sums, *[torch.zeros(())] * (n - len(sums))]))
+    return torch.stack(rows)
+
+
+def sums_of(model: Any, batch: MicroBatch) -> torch.Tensor:
+    return sum_by_response(policy.response_logps(model, batch), batch.target_cell, *batch.candidate_mask.shape)
+
+
+def gradients(model: Any, sums: torch.Tensor, upstream: torch.Tensor) -> torch.Tensor:
+    model.zero_grad()
+    (sums * upstream).sum().backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def check_against_separate_passes(model: Any, packed: bool, checkpointing: bool = False) -> None:
+    prompts = Prompts(5).items
+    batch = pack(prompts, multiple_of=16) if packed else pad(prompts)
+    upstream = torch.randn(batch.candidate_mask.shape, generator=torch.Generator().manual_seed(3))
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    got = sums_of(model, batch)
+    ours = gradients(model, got, upstream)
+    policy.detach(model)
+    if checkpointing:
+        model.gradient_checkpointing_disable()
+        model.eval()
+    model.set_attn_implementation("eager")
+    want = separate_passes(model, prompts, batch.candidate_mask.shape[1])
+    theirs = gradients(model, want, upstream)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+    assert float((ours - theirs).norm() / theirs.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_shared_prompts_equal_separate_passes(name: str):
+    model = make(SHARING[name]).eval()
+    abilities = policy.attach(model)
+    assert abilities == policy.Abilities(shares_prompts=True, plain_head=True)
+    check_against_separate_passes(model, packed=True)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral with a window", "gemma2"])
+def test_gradient_checkpointing_changes_nothing(name: str):
+    model = make(SHARING[name])
+    assert policy.attach(model).shares_prompts
+    check_against_separate_passes(model, packed=True, checkpointing=True)
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_an_architecture_that_cannot_share_takes_padded_rows_and_says_so_in_one_line(name: str):
+    model = make(PADDED[name]).eval()
+    abilities = policy.attach(model)
+    assert not abilities.shares_prompts
+    assert "padded rows instead" in abilities.reason and "\n" not in abilities.reason
+    check_against_separate_passes(model, packed=False)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt-neox"])
+def test_padded_rows_on_request_equal_separate_passes(name: str):
+    model = make(SHARING[name]).eval()
+    assert policy.attach(model, share_prompts=False) == policy.Abilities(shares_prompts=False, plain_head=True)
+    check_against_separate_passes(model, packed=False)
+
+
+def test_a_head_that_is_more_than_a_product_uses_the_models_own_logits():
+    class Doubled(torch.nn.Linear):
+        def forward(self, states: torch.Tensor) -> torch.Tensor:
+            return super().forward(states) * 2
+
+    model = make(LlamaConfig(**SMALL, tie_word_embeddings=False)).eval()
+    model.lm_head.__class__ = Doubled
+    assert policy.attach(model) == policy.Abilities(shares_prompts=True, plain_head=False)
+    check_against_separate_passes(model, packed=True)
+
+
+def test_a_model_whose_attention_ignores_the_segments_is_found_out():
+    model = make(LlamaConfig(**SMALL)).eval()
+    for layer in model.model.layers:
+        own = layer.self_attn.forward
+        layer.self_attn.forward = lambda *a, own=own, segments=None, **k: own(*a, **k)
+    assert not policy.attach(model).shares_prompts
+
+
+def test_everybody_else_still_gets_the_models_own_forward_and_attention():
+    model = make(LlamaConfig(**SMALL)).eval()
+    ids = torch.randint(0, VOCABULARY, (2, 7))
+    before, implementation = model(input_ids=ids).logits, model.config._attn_implementation
+    policy.attach(model)
+    torch.testing.assert_close(model(input_ids=ids).logits, before)
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (2, 10)
+    policy.detach(model)
+    assert model.config._attn_implementation == implementation and "forward" not in vars(model)
+
+
+@pytest.mark.parametrize("window", [None, 5, 64, 70])
+def test_long_prompts_and_responses_are_cut_into_tiles_that_change_nothing(window: int | None):
+    """Prompt 150 and responses 140, 1 and 70 with tiles of 64, in float64, against attention written out."""
+    from clha.training.batches import Segments
+
+    segments = Segments(370, [(0, 150, [(150, 290), (290, 291), (291, 361)])])
+    torch.manual_seed(0)
+    states = [torch.randn(1, heads, 370, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
+    upstream = torch.randn(1, 361, 4, 8, dtype=torch.float64)
+    results = []
+    for function in (
+        lambda *x: attention._Tiles.apply(*x, segments, 0.3, window),
+        lambda *x: attention._plain(*x, segments, 0.3, window, None, 0.0),
+    ):
+        out = function(*states)[:, :361]
+        results.append([out, *torch.autograd.grad(out, states, upstream)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0)
+
+
+def test_probabilities_that_are_too_many_to_keep_are_computed_again(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(attention, "_KEPT_KEYS", 0)
+    model = make(SHARING["llama"]).eval()
+    policy.attach(model)
+    check_against_separate_passes(model, packed=True)
+
+
+def test_the_block_mask_of_flex_attention_is_the_same_rule():
+    from clha.training.attention import _visible, block_mask
+
+    batch = pack(Prompts(5).items, multiple_of=128)
+    group, *_ = batch.segments.token_maps()
+    for window in (None, 3):
+        mask = block_mask(batch.segments, window, "cpu")
+        at = torch.arange(batch.segments.length)
+        got = mask.mask_mod(None, None, at[:, None], at[None, :])
+        want = _visible(batch.segments, window, torch.device("cpu"))
+        inside = (group >= 0)[:, None]
+        assert torch.equal(got & inside, want & inside)
+        assert bool(got.any(1).all())  # no row without a key: softmax over nothing is NaN
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["llama", "mistral with a window", "gemma2"])
+def test_shared_prompts_equal_separate_passes_on_cuda(name: str):
+    model = make(SHARING[name]).eval().cuda()
+    assert policy.attach(model).shares_prompts
+    prompts = Prompts(5).items
+    batch = pack(prompts, multiple_of=128).to(torch.device("cuda"))
+    got = sums_of(model, batch).cpu()
+    policy.detach(model)
+    model.cpu().set_attn_implementation("eager")
+    torch.testing.assert_close(got, separate_passes(model, prompts, got.shape[1]), atol=1e-2, rtol=0)

@@ -1,0 +1,368 @@
+"""The trainer: one step however it is cut, exact resume, what stops it, what it reports."""
+
+import copy
+import json
+import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from training_cases import Prompts, config, distance, small_llama, trainer, weights
+from transformers import TrainerCallback
+
+from clha.errors import StageFailure, UserError
+from clha.training import checks, policy
+from clha.training.batches import pack
+from clha.training.checkpoints import is_complete, last_checkpoint
+from clha.training.export import metrics_table
+from clha.training.metrics import metric_rows
+from clha.training.objectives import LOSSES, count, objective
+
+HERE = Path(__file__).parent
+
+
+def trained(folder: Path, **settings) -> torch.Tensor:
+    made = trainer(folder, **settings)
+    made.train()
+    return weights(made.model)
+
+
+@pytest.fixture(scope="module")
+def one_step(tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
+    """Weights after one step of eight prompts in one piece. SGD, so that the step shows the gradient itself."""
+    return trained(tmp_path_factory.mktemp("whole"), max_steps=1, optim="sgd", learning_rate=0.1)
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
+        {"tokens_per_micro_batch": 60},
+        {"tokens_per_micro_batch": 1},
+        {"share_prompts": False},
+        {"logits_megabytes": 0},
+        {"gradient_checkpointing": True},
+    ],
+    ids=lambda cut: ", ".join(f"{k}={v}" for k, v in cut.items()),
+)
+def test_a_step_is_the_same_however_the_batch_is_cut(tmp_path: Path, one_step: torch.Tensor, cut: dict):
+    got = trained(tmp_path, max_steps=1, optim="sgd", learning_rate=0.1, **cut)
+    start = weights(small_llama())
+    assert distance(got, one_step) < 1e-5
+    assert distance(got - start, one_step - start) < 1e-4
+
+
+def test_reference_normalisation_is_per_micro_batch_and_does_depend_on_the_cut(tmp_path: Path, one_step: torch.Tensor):
+    settings = {"max_steps": 1, "optim": "sgd", "learning_rate": 0.1, "normalization": "reference"}
+    assert distance(trained(tmp_path, **settings), one_step) < 1e-6
+    cut = trained(tmp_path, **settings, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    assert distance(cut, one_step) > 1e-4
+
+
+def test_reference_normalisation_meets_the_goldens(shared: Path):
+    """The objective over one golden case as a micro-batch: mask by the gap rule, lambda by the sign."""
+    cases = json.loads((shared / "golden" / "clha_loss.json").read_text())["cases"]
+    for case in cases:
+        rewards = np.array(case["rewards"])
+        size, n = rewards.shape
+        prompts = Prompts(size).items
+        made = []
+        for b in range(size):
+            gap = np.abs(rewards[b][:, None] - rewards[b][None, :]) > case["margin"]
+            index = case["sft_index"][b]
+            made.append(
+                type(prompts[b])(
+                    f"golden-{b}",
+                    np.arange(3),
+                    [np.zeros(length, dtype=np.int32) for length in case["response_lengths"][b]],
+                    rewards[b],
+                    np.triu(gap, 1).astype(np.float32),
+                    index,
+                    float(rewards[b][index] > 0),
+                )
+            )
+        settings = {"loss": "clha", "margin": case["margin"], "sft_weight": case["sft_weight"], "sft_by": "sum"}
+        sums = torch.tensor(case["sum_logps"], dtype=torch.float64)
+        parts = objective(sums, pack(made), count(made, n), beta=0.1, label_smoothing=0.0, **settings)
+        assert float(parts["total"]) == pytest.approx(case["total"], abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_trains_on_the_same_prompts(tmp_path: Path, loss: str):
+    made = trainer(tmp_path, data=Prompts(30, reference=True), evaluation=Prompts(7, 1, reference=True), loss=loss)
+    made.train()
+    rows = metric_rows(made.state.log_history)
+    assert len(rows) == 4 and all(math.isfinite(row["loss"]) for row in rows)
+    assert math.isfinite(made.evaluate()["eval_loss"])
+
+
+def test_an_epoch_shows_every_prompt_once_in_an_order_of_its_own(tmp_path: Path):
+    from clha.training.loader import PromptSampler
+
+    for processes in (1, 2, 3):
+        samplers = [PromptSampler(23, 4, seed=5, process=p, processes=processes) for p in range(processes)]
+        steps = [list(sampler) for sampler in samplers]
+        assert {len(s) for s in steps} == {len(samplers[0])}
+        assert sorted(i for s in steps for unit in s for i in unit) == list(range(23))
+    for sampler in samplers:
+        sampler.set_epoch(1)
+    assert [list(sampler) for sampler in samplers] != steps
+
+
+# -- resume ------------------------------------------------------------------------------------------------------
+
+
+class KillAt(TrainerCallback):
+    """SIGKILL in the middle of a step's end."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            import os
+
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+RESUMABLE = {
+    "max_steps": 9,
+    "save_strategy": "steps",
+    "save_steps": 3,
+    "per_device_train_batch_size": 4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+}
+
+
+def timeless(rows: list[dict]) -> list[dict]:
+    return [
+        {k: v for k, v in r.items() if not k.startswith("perf/") and not k.endswith(("_second", "_runtime"))}
+        for r in rows
+    ]
+
+
+@pytest.mark.parametrize("killed_at", [4, 8])
+def test_a_killed_run_goes_on_to_the_same_weights_bit_for_bit_and_the_same_metrics(tmp_path: Path, killed_at: int):
+    code = (
+        "import sys; from pathlib import Path; from training_cases import *; from test_trainer import *\n"
+        f"made = trainer(Path(sys.argv[1]), **RESUMABLE); made.add_callback(KillAt({killed_at})); made.train()"
+    )
+    paths = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
+    script = f"import sys; sys.path[:0] = {paths!r}\n{code}"
+    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "run")], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
+    found = last_checkpoint(tmp_path / "run", print)
+    assert found is not None and found.name == f"checkpoint-{killed_at // 3 * 3}"
+
+    resumed = trainer(tmp_path / "run", **RESUMABLE)
+    resumed.train(resume_from_checkpoint=str(found))
+    whole = trainer(tmp_path / "whole", **RESUMABLE)
+    whole.train()
+    assert torch.equal(weights(resumed.model), weights(whole.model))
+    rows, want = metric_rows(resumed.state.log_history), metric_rows(whole.state.log_history)
+    assert [row["step"] for row in rows] == list(range(1, 10))
+    assert timeless(rows) == timeless(want)
+
+
+def test_a_half_written_checkpoint_is_recognised_and_the_one_before_is_taken(tmp_path: Path):
+    trained(tmp_path, **RESUMABLE)
+    assert all(is_complete(p) for p in tmp_path.glob("checkpoint-*"))
+    (tmp_path / "checkpoint-9" / "optimizer.pt").write_bytes(b"half")
+    said: list[str] = []
+    found = last_checkpoint(tmp_path, said.append)
+    assert found is not None and found.name == "checkpoint-6"
+    assert said == ["checkpoint-9 is half-written; the one before it is taken"]
+    (tmp_path / "checkpoint-6" / "complete.json").unlink()
+    assert last_checkpoint(tmp_path, said.append) is not found
+
+
+# -- what stops it -----------------------------------------------------------------------------------------------
+
+
+def test_a_nan_loss_stops_with_step_prompts_and_last_good_checkpoint(tmp_path: Path):
+    data = Prompts(8)
+    made = trainer(tmp_path, data=data, save_strategy="steps", save_steps=1, per_device_train_batch_size=4)
+
+    class Break(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **_):
+            if state.global_step == 2:
+                with torch.no_grad():
+                    next(model.parameters())[:] = math.nan
+
+    made.add_callback(Break())
+    with pytest.raises(StageFailure, match=r"the loss is nan in step 3; prompts prompt-0-.*checkpoint-2"):
+        made.train()
+    assert not (tmp_path / "checkpoint-3").exists()
+
+
+def test_an_infinite_gradient_stops_before_the_weights_change(tmp_path: Path):
+    model = small_llama()
+    before = weights(model)
+    model.model.norm.weight.register_hook(lambda grad: grad * math.inf)
+    made = trainer(tmp_path, model=model)
+    with pytest.raises(StageFailure, match="the gradient norm is .* in step 1"):
+        made.train()
+    assert torch.equal(weights(model), before)
+
+
+def generated(model, prompts: Prompts, shift: float) -> Prompts:
+    """The same prompts with the model's own log-probabilities, `shift` nats off, as what a generator reported."""
+    policy.attach(model)
+    items = []
+    for prompt in prompts.items:
+        batch = pack([prompt])
+        with torch.no_grad():
+            logps = policy.response_logps(model, batch)
+        own = [logps[batch.target_cell == k].numpy() + shift for k in range(len(prompt))]
+        items.append(type(prompt)(**(vars(prompt) | {"generator_logps": own})))
+    out = copy.copy(prompts)
+    out.items = items
+    return out
+
+
+def test_the_generators_log_probabilities_are_compared_before_the_first_step(tmp_path: Path):
+    model = small_llama().eval()
+    made = trainer(tmp_path, model=model, data=generated(model, Prompts(8), 0.0), max_steps=1)
+    made.train()
+    assert any("differ from the generator's by" in note for note in made.notes)
+    model = small_llama().eval()
+    made = trainer(tmp_path, model=model, data=generated(model, Prompts(8), 0.3), max_steps=1)
+    before = weights(model)
+    with pytest.raises(UserError, match=r"differ from the generator's by 0\.3 .*logprob_tolerance"):
+        made.train()
+    assert torch.equal(weights(model), before)
+
+
+def test_responses_that_were_not_generated_are_not_compared():
+    line = checks.check_generator_logps(torch.zeros(3), torch.full((3,), math.nan), 0.05)
+    assert "not compared" in line
+
+
+# -- what it reports ---------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_those_of_the_pairs_that_were_kept(tmp_path: Path):
+    """Two responses of prompt A, kept: s = log-probability per token, the better one is chosen."""
+    made = trainer(tmp_path, max_steps=1)
+    made.train()
+    row = metric_rows(made.state.log_history)[0]
+    assert row["rewards/margins"] == pytest.approx(row["rewards/chosen"] - row["rewards/rejected"])
+    assert row["loss"] == pytest.approx(row["loss/contrastive"] + row["loss/sft"], rel=1e-5)
+    assert 0 <= row["rewards/accuracies"] <= 1 and 0 < row["noise/kept_fraction"] <= 1
+    for name in ("grad_norm", "learning_rate", "logps/chosen", "num_tokens", "perf/tokens_per_second", "perf/mfu"):
+        assert name in row
+    table = metrics_table([row])
+    assert str(table.schema.field("step").type) == "int64"
+    assert {str(f.type) for f in table.schema} == {"int64", "double"}
+
+
+def test_evaluation_is_over_the_whole_set_whatever_the_batch(tmp_path: Path):
+    model = small_llama()
+    one = trainer(tmp_path, model=model, per_device_eval_batch_size=7).evaluate()
+    two = trainer(tmp_path, model=model, per_device_eval_batch_size=2, tokens_per_micro_batch=50).evaluate()
+    for name in ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"):
+        assert one[name] == pytest.approx(two[name], rel=1e-5)
+
+
+def test_the_best_checkpoint_by_held_out_accuracy_is_loaded_and_training_stops_early(tmp_path: Path):
+    from transformers import EarlyStoppingCallback
+
+    settings = {
+        "max_steps": 20,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "save_total_limit": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "rewards/accuracies",
+        "greater_is_better": True,
+    }
+    made = trainer(tmp_path, **settings)
+    made.add_callback(EarlyStoppingCallback(early_stopping_patience=2))
+    made.train()
+    evaluated = [e for e in made.state.log_history if "eval_rewards/accuracies" in e]
+    best = max(e["eval_rewards/accuracies"] for e in evaluated)
+    assert made.evaluate()["eval_rewards/accuracies"] == pytest.approx(best)
+    assert made.state.global_step < 20
+
+
+def test_a_lora_adapter_trains_alone_and_is_saved_or_merged(tmp_path: Path):
+    from peft import LoraConfig, PeftModel
+
+    from clha.training.export import save_model
+    from clha.training.trainer import ClhaTrainer
+
+    class Tokenizer:
+        pad_token_id = 0
+
+        def save_pretrained(self, folder):
+            pass
+
+    for merge in (False, True):
+        model = small_llama()
+        before = weights(model)
+        made = ClhaTrainer(
+            model, config(tmp_path), train_dataset=Prompts(30), peft_config=LoraConfig(target_modules=["q_proj"])
+        )
+        made.train()
+        trained_model = made.model
+        ids = torch.randint(0, 99, (1, 9))
+        trained_model.eval()
+        want = trained_model(input_ids=ids).logits
+        folder = tmp_path / f"merged-{merge}"
+        save_model(trained_model, Tokenizer(), folder, dtype="float32", card="card", merge_adapter=merge)
+        if merge:
+            loaded = type(model).from_pretrained(folder)
+        else:
+            assert (folder / "adapter_model.safetensors").stat().st_size < 100_000
+            base = small_llama()
+            assert torch.equal(weights(base), before)
+            loaded = PeftModel.from_pretrained(base, folder)
+        torch.testing.assert_close(loaded.eval()(input_ids=ids).logits, want, atol=1e-5, rtol=0)
+
+
+# -- more processes ----------------------------------------------------------------------------------------------
+
+
+def run_in_two_processes(tmp_path: Path, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        + [str(HERE / "two_processes.py"), str(tmp_path), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert (done.returncode == 0) == (expect == 0), done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+def test_two_processes_take_the_same_steps_as_one(tmp_path: Path, sharding: str):
+    """13 prompts, 8 a step: the second step has 5, dealt 2 and 3; token budgets differ between the processes."""
+    settings = {"per_device_train_batch_size": 8, "num_train_epochs": 2, "max_steps": -1}
+    one = trainer(tmp_path / "one", data=Prompts(13), tokens_per_micro_batch=80, **settings)
+    one.train()
+    run_in_two_processes(tmp_path, sharding)
+    two = torch.load(tmp_path / "weights.pt", weights_only=True)
+    assert distance(two, weights(one.model)) < 1e-5
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    for ours, theirs in zip(rows, metric_rows(one.state.log_history), strict=True):
+        for name in ("loss", "grad_norm", "rewards/accuracies", "rewards/margins", "num_tokens", "noise/kept_fraction"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+    evaluated = json.loads((tmp_path / "evaluated.json").read_text())
+    assert evaluated["eval_loss"] == pytest.approx(one.evaluate()["eval_loss"], rel=1e-4)
+
+
+def test_a_killed_rank_ends_the_run_and_nothing_hangs(tmp_path: Path):
+    run_in_two_processes(tmp_path, "none", "kill", expect=1)
