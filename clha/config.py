@@ -185,6 +185,12 @@ class Generate(Group):
     engine: Engine = Engine()
     max_quarantined: Share = 0.1
 
+    @model_validator(mode="after")
+    def _greedy(self) -> "Generate":
+        if self.temperature == 0 and self.n > 1:
+            raise ValueError(f"n must be 1 when temperature is 0 (greedy sampling has one answer), it is {self.n}")
+        return self
+
 
 class Noise(Group):
     """How rewards become pair weights."""
@@ -270,6 +276,33 @@ class Execution(Group):
     threads: Positive | None = execution(None)  # CPU threads of a stage; null: all cores
 
 
+class NoiseStudy(Group):
+    """Labels flipped on purpose, found by reward models, and short runs with and without weights."""
+
+    rates: list[Annotated[float, Field(ge=0, lt=0.5)]] = [0.4]  # shares of flipped labels
+    seeds: list[int] = [0, 1, 2]
+    # Whose own pairs are clean, or flipped as often.
+    arms: list[Literal["clean", "flipped"]] = ["clean", "flipped"]
+    # Ways to weight the training pairs; empty: detection only.
+    weights: list[Literal["none", "calibrated", "shuffled", "length", "oracle"]] = [
+        "none",
+        "calibrated",
+        "shuffled",
+        "length",
+        "oracle",
+    ]
+    train_arm: Literal["clean", "flipped"] = "clean"  # the reward model whose weights are trained with
+    reward_pairs: Positive = 500  # of split reward_train
+    train_pairs: Positive = 96  # of split train
+    test_pairs: Positive = 96  # of split test
+    max_prompt_tokens: Positive = 192
+    max_tokens: Positive = 64
+    margin: Annotated[float, Field(ge=0)] = 0.3
+    sft_weight: Annotated[float, Field(ge=0)] = 0.01
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    batch_prompts: Positive = 8
+
+
 class Schedule(Group):
     """When `clha deploy` starts the chain, and what is new each time."""
 
@@ -288,6 +321,7 @@ class Settings(Group):
     rescore: Rescore = Rescore()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+    noise_study: NoiseStudy = NoiseStudy()
     execution: Execution = Execution()
     schedule: Schedule = Schedule()
 

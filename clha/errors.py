@@ -1,5 +1,10 @@
 """The two ways in which work ends badly: the user can mend it (exit code 2), or it failed (exit code 1)."""
 
+import errno
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL = "the disk is full; make room and run again, finished shards are kept"
+
 
 class UserError(Exception):
     """A mistake that the user can mend. The message is one line: what is wrong, where, what to do."""
@@ -15,3 +20,9 @@ class StageFailure(Exception):
 
 class TransientFailure(StageFailure):
     """A failure that may pass by itself (a time-out, a lost server): the stage is tried again."""
+
+
+def says_disk_full(error: BaseException) -> bool:
+    """Whether an error means that there is no room left; libraries say so in their own ways."""
+    told = str(error).lower()
+    return getattr(error, "errno", None) in _NO_ROOM or "disk is full" in told or "no space left" in told

@@ -158,7 +158,9 @@ def _conclude(job: "Job", terminal: "Terminal", seconds: float) -> None:
     metrics = launch.metrics_of(job.home, state)
     if launch.wants_report(job):
         if metrics is not None:
-            terminal.say(f"verdict: {launch.verdict(metrics)}")
+            figures, sentence = launch.outcome(metrics)
+            terminal.say(f"verdict: {sentence}")
+            terminal.say(f"         {figures}")
         terminal.say(f"report:  {launch.report_path(job.home, job.name)}")
         terminal.say(f"UI:      clha ui{_home_option(job.home)}")
     minutes, rest = divmod(round(seconds, 1), 60)
@@ -268,7 +270,10 @@ def ui(port: PortOption = 4200, host: HostOption = "127.0.0.1", home: HomeOption
     typer.echo("starting the Prefect server")
     with server.running_server(place, host, port, remember=True) as started:
         typer.echo(f"UI: {started.ui} (Ctrl-C ends it)")
-        started.wait()
+        try:
+            started.wait()
+        except KeyboardInterrupt:
+            typer.echo("ended")
 
 
 @app.command()
@@ -301,7 +306,7 @@ def deploy(
         if schedule:
             typer.echo(f"schedule: {job.settings.schedule.cron} ({job.settings.schedule.timezone})")
         typer.echo(f"UI: {found.ui}/deployments (Ctrl-C ends serving)")
-        serve_all(made)
+        serve_all(job.home, made)
 
 
 @app.command()
@@ -322,7 +327,7 @@ _INTERRUPTED = "interrupted; the same command goes on from what is finished"
 
 def main() -> int:
     """Entry of the console script: one line for what the user can mend (2) or for a failed stage (1)."""
-    from clha.errors import StageFailure, UserError
+    from clha.errors import DISK_FULL, StageFailure, UserError, says_disk_full
 
     signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -341,6 +346,10 @@ def main() -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if not says_disk_full(error):
+            raise
+        return _say_error(DISK_FULL, 1)
 
 
 def _say_error(message: str, code: int) -> int:

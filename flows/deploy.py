@@ -11,6 +11,8 @@ from prefect.schedules import Cron, Schedule
 from prefect.types.entrypoint import EntrypointType
 
 from clha.config import Settings
+from clha.store import Home
+from flows.orphans import bury
 from flows.pipeline import STAGE_FLOWS, pipeline
 
 
@@ -41,6 +43,7 @@ def deployments(
     ]
 
 
-def serve_all(made: Sequence[RunnerDeployment]) -> None:
+def serve_all(home: Home, made: Sequence[RunnerDeployment]) -> None:
     """Serve the deployments until this process is interrupted."""
+    bury(home)
     serve(*made, print_starting_message=False, limit=len(made))

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 from clha.config import Settings, load_settings, settings_from
 from clha.digests import digest_of
 from clha.errors import StageFailure, UserError
+from clha.evaluation.verdict import digits_for, signed, verdict
 from clha.models import check_reference, resolve_model
 from clha.process import run_child
 from clha.progress import Event
@@ -268,12 +269,13 @@ def metrics_of(home: Home, run: Run) -> dict[str, Any] | None:
     return metrics
 
 
-def verdict(metrics: dict[str, Any]) -> str:
-    """Held-out reward before and after in one line, with what the interval allows to say."""
+def outcome(metrics: Mapping[str, Any]) -> tuple[str, str]:
+    """Held-out reward before and after with its interval, and what that says, one line each."""
     reward = metrics["reward"]
     low, high = reward["interval"]
-    said = "the trained policy is better" if low > 0 else "it is worse" if high < 0 else "no clear difference"
-    return (
-        f"held-out reward {reward['base']:.3f} before, {reward['trained']:.3f} after: gain {reward['gain']:+.3f} "
-        f"[{low:+.3f}, {high:+.3f}] on {reward['prompts']} prompts: {said}"
+    digits = digits_for(low, high)
+    figures = (
+        f"held-out reward {reward['base']:.{digits}f} before, {reward['trained']:.{digits}f} after, "
+        f"gain {signed(reward['gain'], digits)} [{signed(low, digits)}, {signed(high, digits)}]"
     )
+    return figures, verdict(metrics).sentence

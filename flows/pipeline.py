@@ -22,6 +22,7 @@ from flows import launch, present
 from flows.evaluate import evaluate
 from flows.fit_reward import fit_reward
 from flows.generate import generate
+from flows.orphans import bury
 from flows.prepare import prepare
 from flows.rescore import rescore
 from flows.server import Server, ServerLost, answers
@@ -141,6 +142,7 @@ def run_pipeline(job: launch.Job, server: Server, listener: runner.Listener) -> 
     logging.raiseExceptions = False  # log lines that a lost server did not take are no news for the terminal
     request = job.request
     try:
+        bury(job.home)
         with watched_by(listener):
             pipeline(
                 run=job.name,

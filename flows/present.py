@@ -172,7 +172,8 @@ def publish_result(run: str, metrics: dict[str, Any] | None, report: str | None,
     if reused:
         lines += ["Nothing was new: every stage was reused.", ""]
     if metrics is not None:
-        lines += [launch.verdict(metrics)[0].upper() + launch.verdict(metrics)[1:] + ".", ""]
+        figures, sentence = launch.outcome(metrics)
+        lines += [f"**{sentence}**", "", f"{figures[0].upper()}{figures[1:]}.", ""]
         lines += [f"Wins {metrics['wins']}, ties {metrics['ties']}, losses {metrics['losses']}.", ""]
     if report:
         lines += [f"Report: [{report}](file://{report})", ""]

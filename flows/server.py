@@ -25,7 +25,7 @@ from clha.process import end_group
 from clha.store import Home, write_atomic
 
 DEFAULT_PORT = 4200
-_START_SECONDS = 90.0
+_START_SECONDS = 180.0
 
 
 class ServerLost(StageFailure):

@@ -56,7 +56,7 @@ class Terminal:
         elif kind == "progress":
             self.progressed(node, event)
         elif kind == "log":
-            self.say(f"{node:<18} {event['message']}")
+            self.say(f"{node:<18} {event['message'].removeprefix(f'{node}: ')}")
 
     def started(self, node: str) -> None:
         """A node's process starts."""

@@ -44,9 +44,7 @@ def test_margin_and_reward_gap_are_two_settings():
     sft = 0.1 * (3 - 1)^2 * 1 * -(-2) = 0.8 (S_0 = -1 * 2 tokens)
     """
     sums, lengths = tensor([[-2.0, -3.0, -2.4]]), torch.tensor([[2, 2, 3]])
-    result = losses.clha_loss(
-        sums, lengths, tensor([[5.0, 3.0, 1.0]]), margin=0.5, reward_gap=2.5, sft_weight=0.1
-    )
+    result = losses.clha_loss(sums, lengths, tensor([[5.0, 3.0, 1.0]]), margin=0.5, reward_gap=2.5, sft_weight=0.1)
     assert float(result.contrastive) == pytest.approx(1.2)
     assert float(result.sft) == pytest.approx(0.8)
     assert float(result.total) == pytest.approx(2.0)
@@ -61,9 +59,7 @@ def test_a_pair_exactly_at_the_gap_is_noise_and_a_reward_of_zero_switches_sft_of
 def test_a_satisfied_hinge_adds_nothing_but_stays_in_the_denominator():
     """s = -1, -5 | -1, -1.5, margin 1: hinges max(0, -5+1+1) = 0 and max(0, -1.5+1+1) = 0.5, mean 0.25."""
     sums = tensor([[-1.0, -5.0], [-1.0, -1.5]]).requires_grad_()
-    result = losses.clha_loss(
-        sums, torch.ones(2, 2), tensor([[9.0, 1.0], [9.0, 1.0]]), margin=1.0, sft_weight=0.0
-    )
+    result = losses.clha_loss(sums, torch.ones(2, 2), tensor([[9.0, 1.0], [9.0, 1.0]]), margin=1.0, sft_weight=0.0)
     assert float(result.contrastive.detach()) == pytest.approx(0.25)
     result.total.backward()
     torch.testing.assert_close(sums.grad, tensor([[0.0, 0.0], [-0.5, 0.5]]))

@@ -73,7 +73,9 @@ def config(folder: Path, **settings: Any) -> ClhaConfig:
     return ClhaConfig(output_dir=str(folder), **(defaults | settings))
 
 
-def trainer(folder: Path, *, model: Any = None, data: Any = None, evaluation: Any = None, **settings: Any) -> ClhaTrainer:
+def trainer(
+    folder: Path, *, model: Any = None, data: Any = None, evaluation: Any = None, **settings: Any
+) -> ClhaTrainer:
     """A trainer on small prompts."""
     made = ClhaTrainer(
         model=small_llama() if model is None else model,

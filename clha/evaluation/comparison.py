@@ -82,7 +82,7 @@ def compare(
         rows = [i for i, s in enumerate(subsets) if s == name]
         out["subsets"][name] = _core(base.take(rows), trained.take(rows), {"kind": judge["kind"]}, sampling)
     said = verdict(out)
-    out["verdict"] = {"outcome": said.outcome, "sentence": said.sentence}
+    out["verdict"] = {"outcome": said.outcome, "sentence": said.sentence, "caution": said.caution}
     out["doubts"] = doubts(out)
     return out
 

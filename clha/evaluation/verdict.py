@@ -7,14 +7,21 @@ from typing import Any, Literal, NamedTuple
 # Below this no sign-flip test can reach p < 0.05 (2 / 2**5 = 0.0625), and a bootstrap interval is too narrow.
 MIN_PROMPTS = 6
 
+# Above this rise of the share of repeated 4-grams a better reward is not taken for better answers.
+MUCH_REPETITION = 0.15
+
 OutcomeName = Literal["better", "worse", "not told apart"]
 
 
 class Verdict(NamedTuple):
-    """`outcome` for programs and headings, `sentence` for people."""
+    """`outcome` for programs and headings, `sentence` for people.
+
+    `caution`: what makes a better reward hard to believe, or "" where nothing does; `sentence` ends with it.
+    """
 
     outcome: OutcomeName
     sentence: str
+    caution: str = ""
 
 
 def digits_for(low: float, high: float) -> int:
@@ -59,7 +66,9 @@ def verdict(metrics: Mapping[str, Any]) -> Verdict:
             f"under {judge}.",
         )
     if low > 0:
-        return Verdict("better", f"The trained policy is better: its mean reward is {moved} under {judge} ({facts}).")
+        said = f"The trained policy is better: its mean reward is {moved} under {judge} ({facts})."
+        caution = _caution(metrics)
+        return Verdict("better", f"{said} {caution}".strip(), caution)
     if high < 0:
         return Verdict("worse", f"The trained policy is worse: its mean reward is {moved} under {judge} ({facts}).")
     return Verdict(
@@ -67,6 +76,23 @@ def verdict(metrics: Mapping[str, Any]) -> Verdict:
         f"The two policies are not told apart: the trained policy's mean reward is {moved} under {judge}, but the "
         f"interval includes zero ({facts}).",
     )
+
+
+def _caution(metrics: Mapping[str, Any]) -> str:
+    """What a reward cannot see and a reader would: text that has fallen apart (reward hacking)."""
+    before, after = _repetition(metrics)
+    if after - before < MUCH_REPETITION:
+        return ""
+    return (
+        f"But it repeats itself far more: {after:.0%} of its 4-grams occurred before in the answer, {before:.0%} in "
+        "the base's. Read the answers before you believe the gain."
+    )
+
+
+def _repetition(metrics: Mapping[str, Any]) -> tuple[float, float]:
+    """Share of repeated 4-grams of base and trained; 0 where answers are too short to have any."""
+    sides = metrics["repetition"]
+    return tuple(sides[p].get("repetition_4") or 0.0 for p in ("base", "trained"))  # type: ignore[return-value]
 
 
 def doubts(metrics: Mapping[str, Any]) -> list[str]:
@@ -138,7 +164,7 @@ def _judge_doubts(metrics: Mapping[str, Any], outcome: OutcomeName) -> list[str]
 
 def _style_doubts(metrics: Mapping[str, Any]) -> list[str]:
     out = []
-    finish, repetition = metrics["finish"], metrics["repetition"]
+    finish = metrics["finish"]
     cut, cut_before = finish["trained"]["truncation_rate"], finish["base"]["truncation_rate"]
     if cut >= 0.5:
         out.append(f"{cut:.0%} of the trained policy's answers are cut at the token limit: the judge read beginnings.")
@@ -146,10 +172,11 @@ def _style_doubts(metrics: Mapping[str, Any]) -> list[str]:
         out.append(
             f"The trained policy stops by itself less often: {cut:.0%} of its answers are cut, {cut_before:.0%} before."
         )
-    after, before = repetition["trained"].get("repetition_4"), repetition["base"].get("repetition_4")
-    if after is not None and before is not None and after - before >= 0.1:
+    before, after = _repetition(metrics)
+    if after - before >= 0.1 and not verdict(metrics).caution:
         out.append(
-            f"The trained policy repeats itself more: {after:.0%} of its 4-grams occurred before, {before:.0%} so far."
+            f"The trained policy repeats itself more: {after:.0%} of its 4-grams occurred before in the answer, "
+            f"{before:.0%} in the base's."
         )
     return out
 

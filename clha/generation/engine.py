@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clha.config import Engine as EngineSettings
-from clha.errors import StageFailure, UserError
+from clha.errors import StageFailure, TransientFailure, UserError
 from clha.generation.requests import Engine, Request, Result, Sample, Sampling
 from clha.progress import Progress
 
@@ -85,8 +85,14 @@ class InProcessEngine:
         self._pending += 1
 
     def poll(self) -> list[Result]:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            outputs = self._engine.step()
+        except EngineDeadError as error:
+            raise TransientFailure(f"vLLM's worker process died: {_last_line(error)}") from error
         results = []
-        for output in self._engine.step():
+        for output in outputs:
             if output.finished:
                 self._pending -= 1
                 samples: list[Any] = list(output.outputs)  # type: ignore[arg-type]  # never a pooling output here

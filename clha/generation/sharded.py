@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clha.chat import Chat, EncodedPrompt, Unusable
+from clha.errors import UserError
 from clha.generation.requests import Engine, Finished, Request, Result, run_shards
 from clha.progress import Progress
 from clha.store import ArtifactWriter, write_atomic
@@ -72,8 +73,11 @@ def generate_shards(
 ) -> Done:
     """Write all shards of `plan` that an earlier attempt did not finish.
 
-    The engine is opened only when there is something to do. Raises what the engine raises; finished shards stay.
+    The engine is opened only when there is something to do. Raises UserError when there are no prompts, and what the
+    engine raises; finished shards stay.
     """
+    if not plan.prompts:
+        raise UserError(f"there are no prompts to make {plan.table} for; see prepare.splits and prepare.limits")
     cut = range(0, len(plan.prompts), plan.shard_size)
     shards = {index: plan.prompts[start : start + plan.shard_size] for index, start in enumerate(cut)}
     todo = {index: rows for index, rows in shards.items() if not writer.has_shard(plan.table, index)}
@@ -90,12 +94,12 @@ def generate_shards(
         finally:
             engine.close()
     counts = Counter(dict.fromkeys((*_COUNTED, *plan.counted), 0))
-    identity: dict[str, Any] = {"device": "none"}
+    identity: dict[str, Any] = {}
     for index in shards:
         record = json.loads(_record_path(writer, plan.table, index).read_text(encoding="utf-8"))
         counts.update(record["counts"])
         identity = record["identity"]
-    rows_out = len(pc.unique(writer.read(plan.table, ["prompt_id"])["prompt_id"])) if shards else 0
+    rows_out = len(pc.unique(writer.read(plan.table, ["prompt_id"])["prompt_id"]))
     return Done(rows_out, counts, identity, rate, hits)
 
 

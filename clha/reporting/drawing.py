@@ -8,9 +8,12 @@ from io import BytesIO, StringIO
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
 # Colours of the light page. In SVG each becomes the CSS variable --<name>, which the style sheet sets for light and
 # dark. Blue, orange and grey are told apart with any colour vision.
@@ -25,6 +28,9 @@ PALETTE = {
     "mark": "#b3261e",
     "surface": "#fdfdfe",
 }
+
+# Points of a scatter: more make the page heavy and the picture no clearer.
+MAX_POINTS = 800
 
 # Inches. Small on purpose: an SVG grows with its column, and on a phone its letters stay readable.
 WIDTH, HEIGHT = 4.5, 2.7
@@ -91,6 +97,24 @@ def canvas(
         FigureCanvasAgg(figure)
         axes = figure.subplots(rows, columns, squeeze=False)
         yield figure, list(axes.flat)
+
+
+def count_axis(axis: Axes, what: str) -> None:
+    axis.set_ylabel(what)
+    axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
+def legend_above(axis: Axes) -> None:
+    """Above the axes, where it hides nothing."""
+    handles: Any = axis.get_legend_handles_labels()
+    axis.legend(*handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.1, columnspacing=1.2)
+
+
+def some_rows(count: int) -> NDArray[np.int64]:
+    """At most `MAX_POINTS` row numbers, the same ones each time."""
+    if count <= MAX_POINTS:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(0).choice(count, MAX_POINTS, replace=False))
 
 
 def finish(figure: Figure, name: str, title: str, caption: str, alt: str) -> Drawn:

@@ -21,13 +21,13 @@ Example = dict[str, Any]
 def answer_examples(
     scores: PairedScores, nodes: Mapping[str, Artifact], seed: str, count: int = 5
 ) -> dict[str, list[Example]]:
-    """The `count` best gains, worst losses and others at random (by the digest of `seed` and id): {"best", ...}."""
+    """The `count` best gains and worst losses, and twice as many others at random (by the digest of `seed` and id)."""
     order = np.argsort(-scores.gain, kind="stable")
     best = [i for i in order[:count] if scores.gain[i] > 0]
     worst = [i for i in order[::-1][:count] if scores.gain[i] < 0]
     taken = {*best, *worst}
     rest = [i for i in range(len(order)) if i not in taken]
-    drawn = sorted(rest, key=lambda i: unit_of("example", seed, scores.prompt_ids[i]))[:count]
+    drawn = sorted(rest, key=lambda i: unit_of("example", seed, scores.prompt_ids[i]))[: 2 * count]
     wanted = [scores.prompt_ids[i] for i in (*best, *worst, *drawn)]
     prompts = _by_id(rows_by_id(nodes["prepare"], "prompts", ["prompt_id", "subset", "messages"], wanted))
     columns = ["prompt_id", "text", "finish_reason"]

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from clha.digests import digest_of
-from clha.reporting import sections
+from clha.reporting import overview, sections
 from clha.reporting.text import duration, literal, number, percent, size, typeset
 from clha.runs import Run
 from clha.store import Artifact, Home, write_atomic
@@ -92,8 +92,8 @@ def _render(run: Run, nodes: Mapping[str, Artifact], parts: Mapping[str, section
         profile=literal(run.profile, 100),
         model=literal(re.split(r"[:/]", str(run.settings["policy"]["model"]))[-1], 100),
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        tiles=sections.tiles(parts["result"], parts["noise"], parts["training"]),
-        chain_doubts=sections.chain_doubts(parts["noise"], nodes),
+        tiles=overview.tiles(parts["result"], parts["noise"], parts["training"]),
+        chain_doubts=overview.chain_doubts(parts["noise"], parts["training"], nodes),
         svg=lambda figure: Markup(figure.svg),  # drawn by matplotlib, which escapes its texts
         **parts,
     )

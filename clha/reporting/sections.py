@@ -12,7 +12,7 @@ from scipy.special import expit
 
 from clha.evaluation.verdict import doubts, verdict
 from clha.noise import label_probability
-from clha.reporting import figures
+from clha.reporting import evaluation_figures, noise_figures, reward_figures, training_figures
 from clha.reporting.drawing import Drawn
 from clha.reporting.examples import answer_examples, pair_examples
 from clha.reporting.tables import (
@@ -23,13 +23,16 @@ from clha.reporting.tables import (
     quarantine_counts,
     split_counts,
 )
-from clha.reporting.text import duration, literal, number, percent, size
+from clha.reporting.text import literal, number, percent
 from clha.runs import Run
 from clha.schema import SPLITS
 from clha.store import Artifact, read_parquet
 
 Section = dict[str, Any]
 Nodes = Mapping[str, Artifact]
+
+# Prompts that a subset needs to be shown beside the whole.
+SUBSET_PROMPTS = 20
 
 
 def result_section(nodes: Nodes, run: Run) -> Section | None:
@@ -40,12 +43,16 @@ def result_section(nodes: Nodes, run: Run) -> Section | None:
     scores = paired_scores(nodes["evaluate"].read("scores"))
     reward = metrics["reward"]
     drawn = [
-        figures.gain_overview(_bars(metrics)),
-        figures.reward_differences(
+        evaluation_figures.gain_overview(_bars(metrics)),
+        evaluation_figures.reward_differences(
             scores.gain, reward["gain"], reward["interval"], float(run.settings["evaluate"]["tie"])
         ),
-        figures.lengths(scores.base_length, scores.trained_length),
-        figures.reward_against_length(
+        evaluation_figures.lengths(
+            scores.base_length,
+            scores.trained_length,
+            (metrics["finish"]["base"]["truncation_rate"], metrics["finish"]["trained"]["truncation_rate"]),
+        ),
+        reward_figures.reward_against_length(
             {"base": (scores.base_length, scores.base), "trained": (scores.trained_length, scores.trained)},
             "reward-against-length",
             "Does the judge like length?",
@@ -56,7 +63,8 @@ def result_section(nodes: Nodes, run: Run) -> Section | None:
     return {
         "metrics": metrics,
         "outcome": said.outcome,
-        "sentence": said.sentence,
+        "sentence": said.sentence.removesuffix(said.caution).strip(),
+        "caution": said.caution,
         "doubts": doubts(metrics),
         "figures": drawn,
         "measures": _measures(metrics),
@@ -65,7 +73,7 @@ def result_section(nodes: Nodes, run: Run) -> Section | None:
     }
 
 
-def _bars(metrics: Mapping[str, Any]) -> list[figures.Bar]:
+def _bars(metrics: Mapping[str, Any]) -> list[evaluation_figures.Bar]:
     """The gain by several views, in standard deviations of the base's rewards where there are any."""
     reward, training, adjusted = metrics["reward"], metrics["training_reward"], metrics["length_adjusted"]
     in_sd = reward["gain_in_sd"]
@@ -73,7 +81,7 @@ def _bars(metrics: Mapping[str, Any]) -> list[figures.Bar]:
     unit = reward["gain"] / in_sd["gain"] if in_sd and in_sd["gain"] else 1.0
 
     def bar(label: str, gain: float, interval: list[float], scale: float, main: bool = False) -> None:
-        bars.append(figures.Bar(label, gain / scale, interval[0] / scale, interval[1] / scale, main))
+        bars.append(evaluation_figures.Bar(label, gain / scale, interval[0] / scale, interval[1] / scale, main))
 
     if in_sd:
         bar("unseen judge" if metrics["judge"]["unseen"] else "judge", in_sd["gain"], in_sd["interval"], 1.0, True)
@@ -83,10 +91,10 @@ def _bars(metrics: Mapping[str, Any]) -> list[figures.Bar]:
         bar("same, at equal length", adjusted["gain"], adjusted["interval"], unit)
     if training["gain_in_sd"]:
         bar("training reward", training["gain_in_sd"]["gain"], training["gain_in_sd"]["interval"], 1.0)
-    subsets = metrics["subsets"]
-    if len(subsets) > 1:
-        largest = sorted(subsets.items(), key=lambda s: -s[1]["reward"]["prompts"])[:8]
-        for name, part in largest:
+    # Of a subset with a handful of prompts the interval says nothing; the table has them all.
+    subsets = {n: s for n, s in metrics["subsets"].items() if s["reward"]["prompts"] >= SUBSET_PROMPTS}
+    if len(metrics["subsets"]) > 1:
+        for name, part in sorted(subsets.items(), key=lambda s: -s[1]["reward"]["prompts"])[:6]:
             bar(f"judge: {literal(name, 24) or 'no subset'}", part["reward"]["gain"], part["reward"]["interval"], unit)
     return bars
 
@@ -152,15 +160,15 @@ def noise_section(nodes: Nodes, run: Run) -> Section | None:
     noise = run.settings["rescore"]["noise"]
     cut = facts.get("gap")
     candidates = _scored_candidates(nodes)
-    drawn = [figures.candidate_rewards(_by_origin(candidates), pairs.best_reward, _sft_threshold(nodes, run))]
+    drawn = [noise_figures.candidate_rewards(_by_origin(candidates), pairs.best_reward, _sft_threshold(nodes, run))]
     if len(pairs.gap):
-        drawn.append(figures.pair_gaps(pairs.gap, pairs.kept, cut))
-        drawn.append(figures.kept_by_distance(_kept_by_distance(pairs)))
+        drawn.append(noise_figures.pair_gaps(pairs.gap, pairs.kept, cut))
+        drawn.append(noise_figures.kept_by_distance(_kept_by_distance(pairs)))
         kept = pairs.weight[pairs.kept]
         if len(kept) and float(np.ptp(kept)) > 1e-6:
-            drawn.append(figures.pair_weights(kept, pairs.effective_sample_size))
+            drawn.append(noise_figures.pair_weights(kept, pairs.effective_sample_size))
     drawn.append(
-        figures.reward_against_length(
+        reward_figures.reward_against_length(
             {"base": (candidates["length"].to_numpy().astype(np.float64), candidates["reward"].to_numpy())},
             "candidate-length",
             "Does the training reward model like length?",
@@ -251,12 +259,12 @@ def reward_section(nodes: Nodes) -> Section | None:
         config = read_json(nodes[node], "reward_model/config.json")
         cards.append({"title": title, "use": use, "fit": fit, "config": config})
         bins[title.lower()] = fit["calibration"]
-    drawn = [figures.reliability(bins)] if bins else []
+    drawn = [reward_figures.reliability(bins)] if bins else []
     if "evaluate" in nodes:
         scores = paired_scores(nodes["evaluate"].read("scores"))
         judge = read_json(nodes["evaluate"], "metrics.json")["judge"]
         seen = scores.trained_training - scores.base_training
-        drawn.append(figures.judges_agree(scores.gain, seen, judge["agreement"], judge["correlation"]))
+        drawn.append(evaluation_figures.judges_agree(scores.gain, seen, judge["agreement"], judge["correlation"]))
     return {"cards": cards, "figures": drawn} if drawn else None
 
 
@@ -266,7 +274,7 @@ def training_section(nodes: Nodes) -> Section | None:
         return None
     table = nodes["train"].read("metrics")
     columns = {name: table[name].to_numpy(zero_copy_only=False).astype(np.float64) for name in table.column_names}
-    drawn = [f for f in (figures.learning_curves(columns), figures.better_and_worse(columns)) if f]
+    drawn = [f for f in (training_figures.learning_curves(columns), training_figures.better_and_worse(columns)) if f]
     manifest = nodes["train"].manifest
     last = {name: values[np.isfinite(values)][-1] for name, values in columns.items() if np.isfinite(values).any()}
     return {
@@ -274,8 +282,18 @@ def training_section(nodes: Nodes) -> Section | None:
         "steps": int(columns["step"].max()) if len(columns["step"]) else 0,
         "seconds": manifest["seconds"],
         "memory": manifest.get("peak_memory_bytes"),
+        "contrastive": _quarters(columns),
+        "notes": [literal(str(n), 300) for n in manifest.get("notes", [])],
         "last": {name: float(v) for name, v in last.items() if name != "step"},
     }
+
+
+def _quarters(columns: Mapping[str, Floats]) -> tuple[float, float] | None:
+    """Mean contrastive loss over the first and the last quarter of the logged steps; None for too few of them."""
+    values = columns.get("loss/contrastive", np.empty(0))
+    values = values[np.isfinite(values)]
+    quarter = len(values) // 4
+    return (float(values[:quarter].mean()), float(values[-quarter:].mean())) if quarter >= 3 else None
 
 
 def data_section(nodes: Nodes) -> Section | None:
@@ -285,14 +303,13 @@ def data_section(nodes: Nodes) -> Section | None:
     prompts = nodes["prepare"].read("prompts", ["prompt_id", "subset", "split"])
     rows = split_counts(prompts)
     splits = [s for s in SPLITS if any(s in r for r in rows)]
-    total = {"subset": "all", "total": sum(r["total"] for r in rows)} | {
+    total = {"subset": "all subsets", "total": sum(r["total"] for r in rows)} | {
         s: sum(r.get(s, 0) for r in rows) for s in splits
     }
-    shown = [{**r, "subset": literal(r["subset"], 60) or "–"} for r in rows[:20]]
     return {
         "splits": splits,
-        "rows": [*shown, total] if len(rows) > 1 else shown,
-        "more": max(0, len(rows) - 20),
+        "total": total,
+        "rows": [{**r, "subset": literal(r["subset"], 60) or "–"} for r in rows],
         "quarantine": quarantine_counts(nodes),
     }
 
@@ -323,57 +340,6 @@ def making_section(nodes: Nodes, run: Run) -> Section:
         "versions": dict(sorted(versions.items())),
         "settings": literal(yaml.safe_dump(run.settings, sort_keys=False, allow_unicode=True, width=100)),
     }
-
-
-def chain_doubts(noise: Section | None, nodes: Nodes) -> list[str]:
-    """What the stages before evaluation give reason to doubt."""
-    out = []
-    if noise and noise["share"] is not None and noise["share"] < 0.25:
-        out.append(f"Only {percent(noise['share'])} of the pairs passed the noise rule: training saw little contrast.")
-    for name, artifact in nodes.items():
-        rows, bad = artifact.manifest["rows_in"], artifact.manifest["rows_quarantined"]
-        if rows and bad / rows >= 0.05:
-            out.append(f"{name} put {percent(bad / rows)} of its rows into quarantine: the rest may not stand for all.")
-    return out
-
-
-def tiles(result: Section | None, noise: Section | None, training: Section | None) -> list[dict[str, Any]]:
-    """The key figures: label, value, note; `bar` holds shares of wins, ties and losses."""
-    out: list[dict[str, Any]] = []
-    if result:
-        m = result["metrics"]
-        reward, judge, lengths, finish = m["reward"], m["judge"], m["lengths"], m["finish"]
-        in_sd = reward["gain_in_sd"] or {"gain": reward["gain"], "interval": reward["interval"]}
-        unit = "SD" if reward["gain_in_sd"] else ""
-        low, high = in_sd["interval"]
-        note = f"95% interval {number(low, 2, True)} to {number(high, 2, True)}"
-        out.append(
-            {"label": "Gain in reward", "value": f"{number(in_sd['gain'], 2, True)} {unit}".strip(), "note": note}
-        )
-        total = m["wins"] + m["ties"] + m["losses"]
-        bar = [m["wins"] / total, m["ties"] / total, m["losses"] / total]
-        note = f"{m['wins']} wins, {m['ties']} ties, {m['losses']} losses"
-        out.append({"label": "Better answers", "value": percent(bar[0]), "note": note, "bar": bar})
-        seen = m["training_reward"]["gain_in_sd"]
-        if seen:
-            low, high = seen["interval"]
-            note = f"seen in training; {number(low, 2, True)} to {number(high, 2, True)}"
-            out.append({"label": "Training reward", "value": f"{number(seen['gain'], 2, True)} SD", "note": note})
-        value = f"{number(lengths['base']['mean'], 1)} → {number(lengths['trained']['mean'], 1)}"
-        out.append({"label": "Answer length", "value": value, "note": "tokens, mean, before and after"})
-        value = f"{percent(finish['base']['eos_rate'])} → {percent(finish['trained']['eos_rate'])}"
-        out.append({"label": "Ends by itself", "value": value, "note": "answers with an end token"})
-        if judge["agreement"] is not None:
-            low, high = judge["agreement_interval"]
-            note = f"{percent(low)} to {percent(high)}; chance is 50%"
-            out.append({"label": "Reward models agree", "value": percent(judge["agreement"]), "note": note})
-    if noise and noise["share"] is not None:
-        note = f"{noise['kept']:,} of {noise['pairs']:,}"
-        out.append({"label": "Pairs kept", "value": percent(noise["share"]), "note": note})
-    if training:
-        note = f"{training['steps']:,} steps, peak memory {size(training['memory'])}"
-        out.append({"label": "Training", "value": duration(training["seconds"]), "note": note})
-    return out
 
 
 def all_figures(sections: Mapping[str, Section | None]) -> list[Drawn]:

@@ -82,18 +82,15 @@ def reward_table(candidates: pa.Table, rewards: pa.Table) -> RewardTable:
 
 def _labels(candidates: pa.Table, known: Ints, code: Ints, candidate_id: NDArray[np.int32]) -> NDArray[np.int8]:
     """The labels of scored candidates, found by (prompt, candidate)."""
-    origin = candidates["origin"].combine_chunks().dictionary_encode()
-    values = np.array([_LABELS.get(v, 0) for v in origin.dictionary.to_pylist()], dtype=np.int8)
-    if not values.any():
-        return np.zeros(len(code), dtype=np.int8)
-    own = values[origin.indices.to_numpy()]
     keys = (known << 32) | candidates["candidate_id"].to_numpy().astype(np.int64)
     sort = np.argsort(keys, kind="stable")
     wanted = (code << 32) | candidate_id.astype(np.int64)
-    at = np.minimum(np.searchsorted(keys[sort], wanted), len(keys) - 1)
-    if not (keys[sort][at] == wanted).all():
+    at = sort[np.minimum(np.searchsorted(keys, wanted, sorter=sort), len(keys) - 1)]
+    if not (keys[at] == wanted).all():
         raise ValueError("a reward belongs to no candidate")
-    return own[sort][at]
+    origin = candidates["origin"].combine_chunks().dictionary_encode()
+    values = np.array([_LABELS.get(v, 0) for v in origin.dictionary.to_pylist()], dtype=np.int8)
+    return values[origin.indices.to_numpy()[at]]
 
 
 @dataclass(frozen=True)

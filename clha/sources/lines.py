@@ -86,7 +86,7 @@ def _skip_line(lines: BinaryIO, line: bytes) -> None:
 
 def _json_value(line: bytes) -> Any | Unusable:
     try:
-        return json.loads(line.decode("utf-8"))
+        return json.loads(line.decode("utf-8").rstrip("\r\n"))
     except UnicodeDecodeError as error:
         return Unusable("invalid_utf8", f"not UTF-8 at byte {error.start}")
     except json.JSONDecodeError as error:

@@ -181,6 +181,12 @@ def plan_node(home: Home, run: Run, settings: Settings, node: Node, inputs: Mapp
     }
     if node.name == "prepare":
         parts["source"] = source_digest(settings.prepare, home)
+    engine = settings.generate.engine
+    if engine.mode == "server" and node.name in ("generate", "answers.base"):
+        from clha.generation.server import served_identity
+
+        assert engine.url is not None  # checked by Settings
+        parts["server"] = served_identity(engine.url)
     if node.kind == "weigh" and settings.rescore.noise.file is not None:
         parts["weights_file"] = weights_file_digest(settings.rescore.noise.file, home)
     key = digest_of(parts)[:24]

@@ -42,7 +42,8 @@ def build(work: "Work") -> "Artifact":
         stop=tuple(settings.stop),
         stop_token_ids=tuple(sorted(chat.special_ids)),
     )
-    generator = f"vllm {work.parts['versions']['vllm']} policy {digest[:12]}"
+    version = work.parts["server"]["version"] if "server" in work.parts else work.parts["versions"]["vllm"]
+    generator = f"vllm {version} policy {digest[:12]}"
 
     def seed(prompt_id: str) -> int:
         return seed_of(settings.seed, prompt_id)

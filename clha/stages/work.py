@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from clha.config import Settings, settings_from
-from clha.errors import StageFailure, TransientFailure, UserError
+from clha.errors import DISK_FULL, StageFailure, TransientFailure, UserError, says_disk_full
 from clha.progress import Progress, pipe_progress
 from clha.runs import existing_run
 from clha.store import Artifact, ArtifactWriter, Home, kind_of
@@ -140,8 +140,8 @@ def build_node(
 
 def _as_failure(error: Exception) -> StageFailure:
     """One line for an error that nobody foresaw; the traceback is in the log."""
-    if isinstance(error, OSError) and error.errno == 28:
-        return StageFailure("disk full; make room and run again, finished shards are kept")
+    if says_disk_full(error):
+        return StageFailure(DISK_FULL)
     line = (str(error).strip().splitlines() or [""])[0]
     passing = isinstance(error, ConnectionError | TimeoutError)
     return (TransientFailure if passing else StageFailure)(f"{type(error).__name__}: {line}")

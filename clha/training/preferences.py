@@ -59,7 +59,7 @@ def join_preferences(
     known = pc.unique(ids)
     known = known.combine_chunks() if isinstance(known, pa.ChunkedArray) else known
     width = int(numbers.max(initial=0)) + 1
-    keys = pc.index_in(ids, value_set=known).to_numpy().astype(np.int64) * width + numbers
+    keys = _keys(pc.index_in(ids, value_set=known).to_numpy().astype(np.int64), numbers, width)
     del ids, numbers
     row_of = _Lookup(keys, "candidates")
     reward_of = _rewards_by_row(rewards, known, width, row_of)
@@ -158,6 +158,11 @@ class _Mapped:
         return self.batches[b][column][at].as_py()
 
 
+def _keys(codes: np.ndarray, numbers: np.ndarray, width: int) -> np.ndarray:
+    """One number for (prompt, candidate_id); -1, which no candidate has, where either is out of range."""
+    return np.where((codes >= 0) & (numbers >= 0) & (numbers < width), codes * width + numbers, -1)
+
+
 class _Lookup:
     """Row numbers by key."""
 
@@ -216,7 +221,7 @@ def _rewards_by_row(shards: Sequence[Path], known: pa.Array, width: int, row_of:
     rewards = np.full(row_of.size, np.nan)
     for batch in _batches(shards, ["prompt_id", "candidate_id", "reward"]):
         codes = pc.fill_null(pc.index_in(batch["prompt_id"], value_set=known), -1).to_numpy().astype(np.int64)
-        keys = codes * width + batch["candidate_id"].to_numpy()
+        keys = _keys(codes, batch["candidate_id"].to_numpy().astype(np.int64), width)
         rewards[row_of.rows(keys, "rewards")] = batch["reward"].to_numpy()
     return rewards
 
@@ -240,7 +245,7 @@ def _index_batch(
 ) -> pa.RecordBatch:
     sizes = pc.list_value_length(weights["order"]).to_numpy().astype(np.int64)
     numbers = weights["order"].flatten().to_numpy().astype(np.int64)
-    rows = row_of.rows(np.repeat(codes, sizes) * width + numbers, "weights")
+    rows = row_of.rows(_keys(np.repeat(codes, sizes), numbers, width), "weights")
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
     squares = np.concatenate([[0], np.cumsum(sizes**2)]).astype(np.int32)
     pair_weights = weights["pair_weights"].flatten().flatten()

@@ -93,11 +93,24 @@ def test_a_run_without_weakness_keeps_the_doubt_that_all_single_runs_have() -> N
             {"finish": {"base": {"truncation_rate": 0.1}, "trained": {"truncation_rate": 0.3}}},
             "stops by itself less often",
         ),
-        ({"repetition": {"base": {"repetition_4": 0.1}, "trained": {"repetition_4": 0.4}}}, "repeats itself more"),
+        ({"repetition": {"base": {"repetition_4": 0.1}, "trained": {"repetition_4": 0.22}}}, "repeats itself more"),
     ],
 )
 def test_side_effects_are_doubts(changes: dict[str, Any], said: str) -> None:
     assert any(said in d for d in doubts(metrics(0.31, 0.12, 0.5, **changes)))
+
+
+def test_a_better_reward_for_text_that_has_fallen_apart_is_not_left_standing_alone() -> None:
+    """Repetition from 6% to 40%: the outcome stays what the interval says, the sentence ends with the caution."""
+    broken = {"repetition": {"base": {"repetition_4": 0.06}, "trained": {"repetition_4": 0.4}}}
+    said = verdict(metrics(0.9, 0.5, 1.2, **broken))
+    assert said.outcome == "better"
+    assert said.caution.startswith("But it repeats itself far more: 40% of its 4-grams")
+    assert said.sentence.endswith(said.caution)
+    assert verdict(metrics(0.9, 0.5, 1.2)).caution == ""
+    short = {"repetition": {"base": {"repetition_4": None}, "trained": {"repetition_4": None}}}
+    assert verdict(metrics(0.9, 0.5, 1.2, **short)).caution == ""
+    assert any("repeats itself more" in d for d in doubts(metrics(0.1, -0.1, 0.3, p=0.3, **broken)))
 
 
 def test_reward_models_that_do_not_agree_and_a_weak_judge_are_doubts() -> None:

@@ -24,14 +24,14 @@ def one_line(done: subprocess.CompletedProcess[str]) -> str:
     return done.stderr
 
 
-def test_help_answers_in_under_half_a_second(command: Clha):
-    seconds = []
-    for _ in range(4):
-        started = time.monotonic()
-        done = command("--help")
-        seconds.append(time.monotonic() - started)
-        assert done.returncode == 0 and "run-stage" in done.stdout
-    assert min(seconds) < 0.5, seconds
+def test_help_is_answered_without_importing_anything_heavy():
+    """What keeps `clha --help` under half a second (0.2 s on two cores), without asserting a time."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "flows.cli", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "run-stage" in done.stdout
+    imported = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert not imported & {"prefect", "pydantic", "torch", "transformers", "vllm", "pyarrow", "numpy", "matplotlib"}
 
 
 @pytest.mark.parametrize(

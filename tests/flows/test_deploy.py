@@ -52,14 +52,14 @@ class Api:
 
 
 @pytest.fixture
-def served(home: Home, on_pairs: tuple[str, ...], tmp_path: Path) -> Iterator[Api]:
+def served(home_with_database: Home, on_pairs: tuple[str, ...], tmp_path: Path) -> Iterator[Api]:
     """`clha deploy` with a server of its own."""
     port = server.free_port()
     output = tmp_path / "output.txt"
     with open(output, "wb") as log:
         process = subprocess.Popen(
             clha_command("deploy", *on_pairs, "--port", str(port)),
-            env=environment(home.root),
+            env=environment(home_with_database.root),
             cwd=tmp_path,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -77,7 +77,7 @@ def served(home: Home, on_pairs: tuple[str, ...], tmp_path: Path) -> Iterator[Ap
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(timeout=60)
-        assert processes_of(home.root) == []
+        assert processes_of(home_with_database.root) == []
 
 
 def test_chain_and_stages_started_through_the_api_end_completed_and_a_second_start_is_cancelled(

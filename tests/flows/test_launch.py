@@ -130,9 +130,12 @@ def test_a_report_that_cannot_be_built_is_one_line_with_its_log(prepared: launch
 
 @pytest.mark.parametrize(
     ("interval", "said"),
-    [([0.1, 0.5], "is better"), ([-0.1, 0.5], "no clear difference"), ([-0.5, -0.1], "is worse")],
+    [([0.1, 0.5], "is better"), ([-0.1, 0.5], "not told apart"), ([-0.5, -0.1], "is worse")],
 )
 def test_the_verdict_says_what_the_interval_allows(interval: list[float], said: str):
-    reward = {"base": 0.25, "trained": 0.5, "gain": 0.25, "interval": interval, "prompts": 96}
-    line = launch.verdict({"reward": reward})
-    assert "0.250 before, 0.500 after" in line and "96 prompts" in line and said in line
+    reward = {"base": 0.25, "trained": 0.5, "gain": 0.25, "interval": interval, "prompts": 96, "p_value": 0.01}
+    same = {"repetition_4": 0.1}
+    metrics = {"reward": reward, "judge": {"unseen": True}, "repetition": {"base": same, "trained": same}}
+    figures, sentence = launch.outcome(metrics)
+    assert "held-out reward 0.25 before, 0.50 after, gain +0.25" in figures
+    assert said in sentence and "96 prompts" in sentence

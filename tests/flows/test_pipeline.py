@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,28 @@ def test_a_stage_shows_a_summary_its_progress_and_its_quarantine(
     shown = artifacts("shown-1")
     assert "| prepare | reused |" in shown["shown-1-prepare"].data
     assert "every stage was reused" in shown["shown-1-result"].data
+
+
+def test_a_flow_run_whose_process_died_is_set_to_crashed_and_one_at_work_is_not(
+    prefect_server: None, home: Home, monkeypatch: pytest.MonkeyPatch
+):
+    from prefect.client.orchestration import get_client
+    from prefect.states import Running
+
+    from flows import orphans
+    from flows.prepare import prepare
+
+    with get_client(sync_client=True) as client:
+        made = {
+            run: client.create_flow_run(prepare, parameters={"run": run, "home": place}, state=Running(), name=run)
+            for run, place in (("dead", str(home.root)), ("alive", str(home.root)), ("foreign", "/somewhere/else"))
+        }
+        assert orphans.bury(home) == [], "they have only just begun"
+        monkeypatch.setattr(orphans, "_YOUNG", timedelta(0))
+        with home.lock("run-alive"):
+            assert orphans.bury(home) == ["dead"]
+        states = {run: client.read_flow_run(flow_run.id).state_name for run, flow_run in made.items()}
+    assert states == {"dead": "Crashed", "alive": "Running", "foreign": "Running"}
 
 
 def test_a_mistake_fails_the_flow_with_its_one_line(prefect_server: None, request_on_pairs: launch.Request):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from clha.reporting import figures
+from clha.reporting import evaluation_figures, noise_figures, reward_figures, training_figures
 from clha.reporting.drawing import PALETTE, Drawn
 
 RNG = np.random.default_rng(0)
@@ -22,18 +22,18 @@ def draw_all(count: int) -> dict[str, Drawn | None]:
     curves = {"step": steps, "loss": y, "rewards/accuracies": x, "rewards/chosen": x, "rewards/rejected": y}
     bins = {"predicted": [0.2, 0.8], "observed": [0.3, 0.7], "weight": [3.0, 3.0]}
     return {
-        "gain": figures.gain_overview([figures.Bar("judge", 0.3, 0.1, 0.5, True)] * 3),
-        "differences": figures.reward_differences(y, float(y.mean()), (-0.1, 0.2), 0.0),
-        "lengths": figures.lengths(length, length + 1),
-        "length": figures.reward_against_length({"base": (length, y)}, "length", "t", "reward"),
-        "judges": figures.judges_agree(x, y, 0.5, 0.1),
-        "candidates": figures.candidate_rewards({"generated": x, "dataset_chosen": y}, y, 0.1),
-        "pairs": figures.pair_gaps(np.abs(x), np.abs(x) > 0.5, 0.5),
-        "weights": figures.pair_weights(np.abs(x) + 0.1, 0.8 * count),
-        "distance": figures.kept_by_distance({1: 0.5, 2: 1.0}),
-        "curves": figures.learning_curves(curves),
-        "better": figures.better_and_worse(curves),
-        "reliability": figures.reliability({"a": {"reliability": bins, "reliability_before": bins}}),
+        "gain": evaluation_figures.gain_overview([evaluation_figures.Bar("judge", 0.3, 0.1, 0.5, True)] * 3),
+        "differences": evaluation_figures.reward_differences(y, float(y.mean()), (-0.1, 0.2), 0.0),
+        "lengths": evaluation_figures.lengths(length, length + 1, (0.1, 0.2)),
+        "length": reward_figures.reward_against_length({"base": (length, y)}, "length", "t", "reward"),
+        "judges": evaluation_figures.judges_agree(x, y, 0.5, 0.1),
+        "candidates": noise_figures.candidate_rewards({"generated": x, "dataset_chosen": y}, y, 0.1),
+        "pairs": noise_figures.pair_gaps(np.abs(x), np.abs(x) > 0.5, 0.5),
+        "weights": noise_figures.pair_weights(np.abs(x) + 0.1, 0.8 * count),
+        "distance": noise_figures.kept_by_distance({1: 0.5, 2: 1.0}),
+        "curves": training_figures.learning_curves(curves),
+        "better": training_figures.better_and_worse(curves),
+        "reliability": reward_figures.reliability({"a": {"reliability": bins, "reliability_before": bins}}),
     }
 
 
@@ -50,11 +50,11 @@ def test_every_figure_can_be_drawn_for_any_number_of_prompts(count: int) -> None
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda same: figures.reward_differences(same * 0, 0.0, (0.0, 0.0), 0.0),
-        lambda same: figures.lengths(same, same),
-        lambda same: figures.reward_against_length({"base": (same, same)}, "length", "t", "reward"),
-        lambda same: figures.pair_gaps(same * 0, same > 5, 0.4),
-        lambda same: figures.candidate_rewards({"generated": same}, same, None),
+        lambda same: evaluation_figures.reward_differences(same * 0, 0.0, (0.0, 0.0), 0.0),
+        lambda same: evaluation_figures.lengths(same, same, (0.0, 1.0)),
+        lambda same: reward_figures.reward_against_length({"base": (same, same)}, "length", "t", "reward"),
+        lambda same: noise_figures.pair_gaps(same * 0, same > 5, 0.4),
+        lambda same: noise_figures.candidate_rewards({"generated": same}, same, None),
     ],
 )
 def test_values_that_do_not_vary_are_drawn_too(draw: Callable[[np.ndarray], Drawn]) -> None:
@@ -76,27 +76,27 @@ def test_colours_follow_the_page_and_ids_are_a_figures_own() -> None:
 
 
 def test_names_of_strangers_are_text_in_a_figure() -> None:
-    bar = figures.Bar("<script>x</script> $\\frac{1}{2}$ & é", 0.3, 0.1, 0.5, True)
-    svg = figures.gain_overview([bar]).svg
+    bar = evaluation_figures.Bar("<script>x</script> $\\frac{1}{2}$ & é", 0.3, 0.1, 0.5, True)
+    svg = evaluation_figures.gain_overview([bar]).svg
     assert "<script" not in svg
     assert "&lt;script&gt;x&lt;/script&gt; $\\frac{1}{2}$ &amp; é" in svg
 
 
 def test_the_cut_is_an_edge_of_the_bars_so_that_none_is_both_kept_and_dropped() -> None:
     gap = np.abs(RNG.normal(size=400))
-    edges = np.array(figures._edges_with(gap, 0.37))
+    edges = np.array(noise_figures._edges_with(gap, 0.37))
     assert 0.37 in edges
     assert edges[0] <= gap.min() and edges[-1] >= gap.max()
     assert np.all(np.diff(edges) > 0)
 
 
 def test_a_length_biased_reward_model_is_named_as_such() -> None:
-    assert "length-biased, towards longer" in figures.length_note(0.45)
-    assert "leans towards shorter" in figures.length_note(-0.2)
-    assert "hardly follows length" in figures.length_note(0.05)
-    assert "do not vary" in figures.length_note(None)
+    assert "length-biased, towards longer" in reward_figures.length_note(0.45)
+    assert "leans towards shorter" in reward_figures.length_note(-0.2)
+    assert "hardly follows length" in reward_figures.length_note(0.05)
+    assert "do not vary" in reward_figures.length_note(None)
 
 
 def test_no_known_metrics_give_no_curves() -> None:
-    assert figures.learning_curves({"step": np.arange(3.0), "other": np.ones(3)}) is None
-    assert figures.better_and_worse({"step": np.arange(3.0)}) is None
+    assert training_figures.learning_curves({"step": np.arange(3.0), "other": np.ones(3)}) is None
+    assert training_figures.better_and_worse({"step": np.arange(3.0)}) is None

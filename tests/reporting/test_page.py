@@ -152,6 +152,7 @@ def test_a_browser_shows_it_without_errors_requests_or_overflow(
     browser: Any, page: Path, width: int, scheme: str
 ) -> None:
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    context.set_default_timeout(120_000)  # on a busy machine
     tab = context.new_page()
     said: list[str] = []
     requests: list[str] = []

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from fabricated import Fabricated, settings
 
-from clha.reporting import sections
+from clha.reporting import overview, sections
 from clha.runs import Run
 from clha.store import Artifact
 
@@ -38,15 +38,24 @@ def test_rewards_of_an_unknown_scale_and_of_several_models_promise_no_probabilit
 
 def test_tiles_hold_what_there_is(made: Fabricated) -> None:
     noise = sections.noise_section(made.nodes, made.run)
-    assert [t["label"] for t in sections.tiles(None, noise, None)] == ["Pairs kept"]
-    labels = [t["label"] for t in sections.tiles(sections.result_section(made.nodes, made.run), noise, None)]
+    assert [t["label"] for t in overview.tiles(None, noise, None)] == ["Pairs kept"]
+    labels = [t["label"] for t in overview.tiles(sections.result_section(made.nodes, made.run), noise, None)]
     assert labels[0] == "Gain in reward"
     assert "Reward models agree" in labels
 
 
 def test_a_run_that_lost_many_rows_is_doubted(made: Fabricated) -> None:
     poor = Artifact(Path("."), {"key": "0", "files": [], "rows_in": 100, "rows_out": 90, "rows_quarantined": 10})
-    (said,) = sections.chain_doubts({"share": 0.5}, {"generate": poor})
+    (said,) = overview.chain_doubts({"share": 0.5}, None, {"generate": poor})
     assert said == "generate put 10% of its rows into quarantine: the rest may not stand for all."
-    (few,) = sections.chain_doubts({"share": 0.1}, {})
+    (few,) = overview.chain_doubts({"share": 0.1}, None, {})
     assert few.startswith("Only 10% of the pairs passed the noise rule")
+
+
+def test_training_whose_contrastive_loss_did_not_fall_is_doubted(made: Fabricated) -> None:
+    assert overview.chain_doubts(None, sections.training_section(made.nodes), {}) == []
+    (said,) = overview.chain_doubts(None, {"contrastive": (2.0, 2.75)}, {})
+    assert said.startswith(
+        "The contrastive loss did not fall (2.00 in the first quarter of training, 2.75 in the last)"
+    )
+    assert overview.chain_doubts(None, {"contrastive": None}, {}) == []

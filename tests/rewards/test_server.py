@@ -60,7 +60,7 @@ def url(reward_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def _wait(health: str, server: "subprocess.Popen[bytes]", log: Path) -> None:
-    end = time.monotonic() + 240
+    end = time.monotonic() + 480
     while time.monotonic() < end:
         assert server.poll() is None, log.read_text()[-3000:]
         try:

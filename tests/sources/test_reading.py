@@ -4,12 +4,18 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from clha.config import Prepare
 from clha.errors import UserError
+from clha.sources.chat_jsonl import chat_row
+from clha.sources.hh_rlhf import hh_row
+from clha.sources.hub import dataset_row
 from clha.sources.lines import Meter
-from clha.sources.reading import read_source
-from clha.sources.rows import BadRow, Row
+from clha.sources.reading import Convert, read_source
+from clha.sources.rows import BadRow, Place, Row, Unusable
+from clha.sources.trl import trl_row
 
 
 def prompt(text: str) -> str:
@@ -21,9 +27,9 @@ def hh(text: str) -> str:
     return json.dumps({"chosen": start + "a", "rejected": start + "b"}) + "\n"
 
 
-def read(path: Path | list[str], source: str = "chat_jsonl", **settings: str) -> list[tuple[str, str, str]]:
+def read(path: Path | list[str], source: str = "chat_jsonl", **more: str) -> list[tuple[str, str, str]]:
     paths = path if isinstance(path, list) else str(path)
-    prepare = Prepare.model_validate({"source": source, "path": paths, **settings})
+    prepare = Prepare.model_validate({"source": source, "path": paths, **more})
     rows = list(read_source(prepare, Meter()))
     return [(r.messages[0]["content"], r.source, r.subset) for r in rows if isinstance(r, Row)]
 
@@ -78,3 +84,31 @@ def test_reading_moves_the_meter_to_its_end(tmp_path: Path):
     meter = Meter()
     list(read_source(Prepare(source="chat_jsonl", path=str(tmp_path)), meter))
     assert meter.done == meter.total == (tmp_path / "a.jsonl").stat().st_size
+
+
+HALF = st.sampled_from(["", " ", "\n\nHuman: a\n\nAssistant:", "\n\nHuman: a\n\nAssistant: b", "\ud800", "a b", "a c"])
+VALUE = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5) | HALF | st.sampled_from(["user", "assistant"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content"]), inner, min_size=2)
+        | st.dictionaries(st.text(max_size=3), inner, max_size=2)
+    ),
+    max_leaves=10,
+)
+FIELDS = st.dictionaries(st.sampled_from(["messages", "prompt", "chosen", "rejected", "subset"]), VALUE)
+
+
+@pytest.mark.parametrize("convert", [hh_row, chat_row, trl_row, dataset_row])
+@settings(max_examples=400, deadline=None)
+@given(fields=FIELDS)
+def test_whatever_a_row_holds_it_is_usable_or_refused(convert: Convert, fields: dict[str, object]):
+    try:
+        row = convert(fields, Place("f", "line 1", "s"))
+    except Unusable as problem:
+        problem.at(Place("f", "line 1", "s")).detail.encode()
+        return
+    assert row.messages[-1]["role"] == "user"
+    texts = [m["content"] for m in row.messages] + row.chosen + row.rejected
+    assert all(text.strip() and text.encode() for text in texts)
+    row.subset.encode()

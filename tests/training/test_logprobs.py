@@ -72,9 +72,7 @@ def test_memory_grows_with_the_chunk_not_with_tokens_times_vocabulary():
         weight = torch.randn(vocabulary, 4, requires_grad=True)
         targets = torch.randint(0, vocabulary, (tokens,))
         with Largest() as largest:
-            logps = token_logprobs(
-                hidden, weight, torch.arange(tokens), targets, logits_bytes=4 * vocabulary * chunk
-            )
+            logps = token_logprobs(hidden, weight, torch.arange(tokens), targets, logits_bytes=4 * vocabulary * chunk)
             logps.sum().backward()
         assert largest.elements <= vocabulary * chunk
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -126,8 +127,6 @@ class KillAt(TrainerCallback):
 
     def on_step_end(self, args, state, control, **_):
         if state.global_step == self.step:
-            import os
-
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -338,9 +337,10 @@ def run_in_two_processes(tmp_path: Path, *arguments: str, expect: int = 0) -> su
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         + [str(HERE / "two_processes.py"), str(tmp_path), *arguments],
+        env={**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE.parents[1]}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=500,
         check=False,
     )
     assert (done.returncode == 0) == (expect == 0), done.stdout[-3000:] + done.stderr[-3000:]

@@ -10,10 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
-
-from training_cases import Prompts, trainer, weights
+from training_cases import Prompts, trainer
 from transformers import TrainerCallback
 
 from clha.training.metrics import metric_rows

@@ -1,0 +1,109 @@
+"""Figures of reward models: calibration, and reward against length."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.ticker import FuncFormatter
+from numpy.typing import NDArray
+
+from clha.reporting.drawing import PALETTE, Drawn, canvas, finish, legend_above, some_rows
+from clha.reporting.text import number, percent
+
+Floats = NDArray[np.float64]
+
+
+def reliability(models: Mapping[str, Mapping[str, Any]]) -> Drawn:
+    """Reliability diagrams on held-out pairs, {name: its `calibration`}: filled after, hollow before calibration.
+
+    Each holds `reliability` and `reliability_before`: lists "predicted", "observed", "weight", one entry per bin.
+    """
+    roles = ("trained", "loss", "base")
+    with canvas() as (figure, (axis,)):
+        axis.plot([0, 1], [0, 1], color=PALETTE["mark"], linewidth=1, linestyle=(0, (4, 2)))
+        for (name, calibration), role in zip(models.items(), roles, strict=False):
+            bins = calibration["reliability"]
+            mass = np.asarray(bins["weight"], dtype=np.float64)
+            axis.plot(bins["predicted"], bins["observed"], color=PALETTE[role], linewidth=1.2, label=name)
+            axis.scatter(
+                bins["predicted"], bins["observed"], s=4 + 44 * mass / mass.max(), color=PALETTE[role], linewidths=0
+            )
+            raw = calibration["reliability_before"]
+            (line,) = axis.plot(raw["predicted"], raw["observed"], "o:", color=PALETTE[role], linewidth=0.9)
+            line.set(markerfacecolor="none", markersize=4)
+        for bound in (axis.set_xlim, axis.set_ylim):
+            bound(-0.02, 1.02)
+        for ticks in (axis.xaxis, axis.yaxis):
+            ticks.set_major_formatter(FuncFormatter(lambda v, _: percent(v)))
+        axis.set_xlabel("stated probability that the response is preferred")
+        axis.set_ylabel("share that was")
+        axis.grid(axis="x", visible=True)
+        legend_above(axis)
+        note = "On held-out pairs, both orders of each, after calibration (hollow: before)"
+        return finish(
+            figure,
+            "reliability",
+            "Do the reward models mean what they say?",
+            f"{note}; larger dots stand for more pairs. On the red line stated and observed agree.",
+            "Reliability diagram of "
+            + " and ".join(
+                f"{n}: " + ", ".join(f"{percent(p)} stated, {percent(o)} observed" for p, o in _ends(c["reliability"]))
+                for n, c in models.items()
+            ),
+        )
+
+
+def _ends(bins: Mapping[str, Sequence[float]]) -> list[tuple[float, float]]:
+    points = list(zip(bins["predicted"], bins["observed"], strict=True))
+    return [points[0], points[-1]] if len(points) > 1 else points
+
+
+def reward_against_length(points: Mapping[str, tuple[Floats, Floats]], name: str, title: str, ylabel: str) -> Drawn:
+    """Reward against length in tokens: {"base" or "trained": (lengths [N], rewards [N])}; a single entry has no legend.
+
+    The rank correlation in the caption is over all points together.
+    """
+    with canvas() as (figure, (axis,)):
+        for role, (x, y) in points.items():
+            at = some_rows(len(x))
+            color = PALETTE[role]
+            axis.scatter(x[at], y[at], s=9, color=color, alpha=0.65, linewidths=0, label=role)
+            if np.ptp(x) > 0:
+                slope, offset = np.polyfit(x, y, 1)
+                ends = np.array([x.min(), x.max()])
+                axis.plot(ends, offset + slope * ends, color=color, linewidth=1.8)
+        axis.set_xlabel("length in tokens")
+        axis.set_ylabel(ylabel)
+        axis.grid(axis="x", visible=True)
+        if len(points) > 1:
+            legend_above(axis)
+        lengths, rewards = (np.concatenate([p[i] for p in points.values()]) for i in (0, 1))
+        note = length_note(rank_correlation(lengths, rewards))
+        return finish(
+            figure, name, title, f"{note} Lines: least squares.", f"Scatter plot of reward against length. {note}"
+        )
+
+
+def length_note(correlation: float | None) -> str:
+    """What a rank correlation of reward and length says about the reward model."""
+    if correlation is None:
+        return "Rewards or lengths do not vary."
+    size = abs(correlation)
+    likes = "longer" if correlation > 0 else "shorter"
+    kind = (
+        f"the reward model is length-biased, towards {likes} responses"
+        if size >= 0.3
+        else f"the reward model leans towards {likes} responses"
+        if size >= 0.15
+        else "the reward model hardly follows length"
+    )
+    return f"Rank correlation of reward and length {number(correlation, 2, True)}: {kind}."
+
+
+def rank_correlation(x: Floats, y: Floats) -> float | None:
+    """Spearman's; None where one of the two does not vary."""
+    from scipy.stats import spearmanr
+
+    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return None
+    return float(spearmanr(x, y).statistic)

@@ -1,0 +1,308 @@
+"""The noise study: flipped labels, reward models that look for them, and short runs with and without weights.
+
+Each cell (the features; one detection; one trained policy) is an artifact of its own kind, so a study that was
+stopped goes on where it was, and another seed or rate adds its cells only.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clha.digests import digest_of
+from clha.errors import UserError
+from clha.schema import SCHEMA_VERSION
+from clha.store import Artifact, ArtifactWriter, Home, write_atomic
+
+if TYPE_CHECKING:
+    from clha.config import NoiseStudy, RewardFit, Settings
+    from clha.progress import Progress
+    from clha.runs import Run
+    from clha.study.detection import LabelledPairs
+
+CODE_VERSION = {"noise_features": 1, "noise_detection": 1, "noise_training": 1}
+
+_SHARD = 128
+
+
+@dataclass(frozen=True)
+class StudyInput:
+    """What a study works on: prompts with labelled pairs, the policy and the reward model's encoder."""
+
+    prepare: Artifact
+    policy: Path
+    encoder: Path
+    models: dict[str, str]  # role -> digest
+
+
+@dataclass
+class Study:
+    """A study under way."""
+
+    home: Home
+    settings: NoiseStudy
+    fit: RewardFit
+    given: StudyInput
+    progress: Progress
+
+    def cell(self, kind: str, what: dict[str, Any], make: Callable[[ArtifactWriter], dict[str, Any]]) -> Artifact:
+        """The finished artifact of a cell; `make` writes its files and returns facts, rows_in and rows_out too."""
+        parts = {
+            "kind": kind,
+            "schema_version": SCHEMA_VERSION,
+            "code_version": CODE_VERSION[kind],
+            "inputs": {"prepare": self.given.prepare.content},
+            "models": self.given.models,
+            "settings": what,
+        }
+        key = digest_of(parts)[:24]
+        with self.home.lock(f"{kind}-{key}", wait_seconds=3600):
+            done = self.home.find(kind, key)
+            if done:
+                return done
+            from clha.stages.work import installed_versions, peak_memory_bytes
+
+            writer = ArtifactWriter(self.home, kind, key)
+            facts = make(writer)
+            rows = facts.pop("rows")
+            return writer.finish(
+                rows_in=rows,
+                rows_out=rows,
+                facts={
+                    "node": kind,
+                    "code_version": CODE_VERSION[kind],
+                    "inputs": {"prepare": self.given.prepare.key},
+                    "settings": what,
+                    "key_parts": parts,
+                    "versions": installed_versions(),
+                    "seed": what.get("seed"),
+                    "device": "cpu",
+                    "peak_memory_bytes": peak_memory_bytes(),
+                    **facts,
+                },
+            )
+
+
+def study_of_run(home: Home, run: Run, settings: Settings, progress: Progress) -> dict[str, Any]:
+    """The noise study on the prepared data of a run, with its policy and the reward model of its rescoring.
+
+    The tables go to reports/<run>/noise-study.json and .md. Raises UserError when the run has not prepared its data
+    or fits no reward model.
+    """
+    from clha.models import resolve_model
+
+    prepare = home.find("prepare", run.nodes.get("prepare", ""))
+    if prepare is None:
+        raise UserError(f"noise study: run {run.name} has no finished prepare; run `clha run-stage prepare` first")
+    if settings.fit_reward is None:
+        raise UserError("noise study: the settings have no fit_reward, whose features it needs; add fit_reward.train")
+    fit = settings.fit_reward.train
+    policy, encoder = resolve_model(settings.policy.model, home), resolve_model(fit.encoder, home)
+    given = StudyInput(prepare, policy.path, encoder.path, {"policy": policy.digest, "encoder": encoder.digest})
+    report = home.reports / run.name / "noise-study.json"
+    return run_study(home, settings.noise_study, fit, given, progress, report)
+
+
+def run_study(
+    home: Home, settings: NoiseStudy, fit: RewardFit, given: StudyInput, progress: Progress, report: Path | None = None
+) -> dict[str, Any]:
+    """Run, or complete, a study.
+
+    Returns {"detection": [...], "training": [...]} and writes it to `report` as JSON and, beside it, as Markdown
+    tables. Raises UserError when there are too few pairs.
+    """
+    from clha.study.summary import study_tables
+
+    study = Study(home, settings, fit, given, progress)
+    rows = {role: _rows(study, split, limit) for role, split, limit in _roles(settings)}
+    pairs = _features(study, rows)
+    detection = []
+    for rate in settings.rates:
+        for seed in settings.seeds:
+            for arm in settings.arms:
+                detection.append(_detection(study, pairs, rate, seed, arm))
+    training = [t for rate in settings.rates for t in _training(study, rows, pairs, rate)]
+    results = {"detection": detection, "training": training, "settings": settings.key_settings()}
+    if report is not None:
+        write_atomic(report, json.dumps(results, indent=1).encode())
+        write_atomic(report.with_suffix(".md"), study_tables(results).encode())
+    return results
+
+
+def _roles(settings: NoiseStudy) -> list[tuple[str, str, int]]:
+    return [
+        ("reward", "reward_train", settings.reward_pairs),
+        ("train", "train", settings.train_pairs),
+        ("test", "test", settings.test_pairs),
+    ]
+
+
+def _rows(study: Study, split: str, limit: int) -> list[dict[str, Any]]:
+    """The first pair of each prompt of a split: id, group, messages, chosen, rejected; in the order of ids."""
+    rows = []
+    for r in study.given.prepare.rows("prompts"):
+        if r["split"] == split and r["chosen"] and r["rejected"] and r["chosen"][0].strip() != r["rejected"][0].strip():
+            group = next(m["content"] for m in r["messages"] if m["role"] == "user")
+            rows.append(
+                {"id": r["prompt_id"], "group": group, "messages": r["messages"]}
+                | {"chosen": r["chosen"][0], "rejected": r["rejected"][0]}
+            )
+    if len(rows) < 20:
+        raise UserError(f"noise study: {len(rows)} pairs in split {split}, at least 20 needed; see prepare.splits")
+    return sorted(rows, key=lambda r: r["id"])[:limit]
+
+
+def _features(study: Study, rows: dict[str, list[dict[str, Any]]]) -> dict[str, LabelledPairs]:
+    """Features of all responses, computed once."""
+    import numpy as np
+    import pyarrow as pa
+
+    from clha.rewards.texts import RewardInput
+    from clha.study.detection import LabelledPairs
+
+    wanted = [r for role in ("reward", "train") for r in rows[role]]
+    items = [RewardInput(r["messages"], r[side]) for r in wanted for side in ("chosen", "rejected")]
+
+    def make(writer: ArtifactWriter) -> dict[str, Any]:
+        from clha.rewards.adapters import scoring_device
+        from clha.rewards.features import FrozenEncoder
+        from clha.rewards.scoring import report_to
+
+        fit, encoder = study.fit, None
+        for index, start in enumerate(range(0, len(items), _SHARD)):
+            if writer.has_shard("features", index):
+                continue
+            if encoder is None:
+                encoder = FrozenEncoder(
+                    study.given.encoder,
+                    layer=fit.layer,
+                    pooling=fit.pooling,
+                    max_tokens=fit.max_tokens,
+                    device=scoring_device(),
+                )
+            heard = report_to(study.progress, len(items), "responses", start)
+            batch = items[start : start + _SHARD]
+            values = encoder.features(batch, tokens_per_batch=fit.tokens_per_batch, progress=heard).values
+            writer.write_shard("features", index, pa.table({"values": list(values.astype(np.float32))}))
+        return {"rows": len(items)}
+
+    what = {"fit": study.fit.key_settings("l2", "folds", "sft_quantile", "seed", "members", "max_quarantined")}
+    artifact = study.cell("noise_features", what | {"ids": digest_of([r["id"] for r in wanted])}, make)
+    values = np.stack(artifact.read("features")["values"].to_numpy(zero_copy_only=False)).astype(float)
+    values = values.reshape(len(wanted), 2, -1)
+    out, start = {}, 0
+    for role in ("reward", "train"):
+        own = values[start : start + len(rows[role])]
+        usable = np.isfinite(own).all(axis=(1, 2))
+        kept = [r for r, u in zip(rows[role], usable, strict=True) if u]
+        start += len(rows[role])
+        rows[role] = kept
+        out[role] = LabelledPairs(
+            [r["id"] for r in kept],
+            [r["group"] for r in kept],
+            own[usable],
+            np.array([[len(r["chosen"]), len(r["rejected"])] for r in kept]),
+        )
+    return out
+
+
+def _cell_settings(study: Study, rate: float, seed: int) -> dict[str, Any]:
+    sizes = {"reward_pairs": study.settings.reward_pairs, "train_pairs": study.settings.train_pairs}
+    return {"rate": rate, "seed": seed, **sizes, "fit": study.fit.key_settings()}
+
+
+def _detection(study: Study, pairs: dict[str, LabelledPairs], rate: float, seed: int, arm: str) -> dict[str, Any]:
+    from clha.study.detection import detect
+
+    def make(writer: ArtifactWriter) -> dict[str, Any]:
+        found = detect(pairs["reward"], pairs["train"], rate, seed, arm, study.fit)
+        writer.write_bytes("detection.json", json.dumps(found.figures).encode())
+        return {"rows": len(found.p_right)}
+
+    artifact = study.cell("noise_detection", _cell_settings(study, rate, seed) | {"arm": arm}, make)
+    figures: dict[str, Any] = json.loads((artifact.folder / "detection.json").read_text())
+    study.progress.log(f"flips {rate:.0%}, seed {seed}, {arm}: AUROC {figures.get('auroc', float('nan')):.3f}")
+    return figures
+
+
+def _training(
+    study: Study, rows: dict[str, list[dict[str, Any]]], pairs: dict[str, LabelledPairs], rate: float
+) -> list[dict[str, Any]]:
+    """One row for the policy as it was and one for each way of weighting, over all seeds."""
+    import numpy as np
+
+    from clha.study.summary import paired_gain
+
+    if not study.settings.weights:
+        return []
+    right: dict[str, list[Any]] = {name: [] for name in ("before training", *study.settings.weights)}
+    groups: list[str] = []
+    for name, judged in right.items():
+        for seed in study.settings.seeds[:1] if name == "before training" else study.settings.seeds:
+            artifact = _policy(study, rows, pairs, rate, seed, name)
+            table = artifact.read("judged")
+            judged.append(table["margin"].to_numpy() > 0)
+            groups = table["group"].to_pylist()
+    out = []
+    for name, judged in right.items():
+        row: dict[str, Any] = {"rate": rate, "weights": name, "accuracy": float(np.mean(judged))}
+        if name not in ("none", "before training") and "none" in right:
+            row["gain"] = paired_gain(judged, right["none"], groups)
+        out.append(row)
+    return out
+
+
+def _policy(
+    study: Study, rows: dict[str, list[dict[str, Any]]], pairs: dict[str, LabelledPairs], rate: float, seed: int,
+    name: str,
+) -> Artifact:  # fmt: skip
+    """The held-out judgement of one trained policy, as table `judged`: group, margin (nats per token)."""
+    settings = study.settings
+    untrained = name == "before training"
+
+    def make(writer: ArtifactWriter) -> dict[str, Any]:
+        import pyarrow as pa
+        from transformers import AutoModelForCausalLM
+
+        from clha.chat import load_chat
+        from clha.study.detection import arm_weights, detect, detect_by_length, flips
+        from clha.study.policies import preference_margins, ranked_pair, train_policy
+
+        began = time.monotonic()
+        chat = load_chat(study.given.policy)
+        tested = [(r, ranked_pair(chat, r["messages"], r["chosen"], r["rejected"], settings)) for r in rows["test"]]
+        usable = [(r, pair) for r, pair in tested if pair is not None]
+        facts: dict[str, Any] = {}
+        if untrained:
+            model = AutoModelForCausalLM.from_pretrained(study.given.policy, dtype="float32")
+        else:
+            found = detect(pairs["reward"], pairs["train"], rate, seed, settings.train_arm, study.fit)
+            by_length = detect_by_length(pairs["reward"], pairs["train"], rate, seed, study.fit)
+            flipped = flips(pairs["train"].ids, rate, seed)
+            weights = arm_weights(name, found, by_length, flipped, seed)
+            trained = []
+            for r, w, swap in zip(rows["train"], weights, flipped, strict=True):
+                first, second = (r["rejected"], r["chosen"]) if swap else (r["chosen"], r["rejected"])
+                trained.append(ranked_pair(chat, r["messages"], first, second, settings, float(w)))
+            kept = [p for p in trained if p is not None]
+            model = train_policy(study.given.policy, kept, settings, seed, writer.scratch, study.progress)
+            facts = {"trained_pairs": len(kept), "kept_pairs": int((weights > 0).sum())}
+        margins = preference_margins(model, [pair for _, pair in usable])
+        table = pa.table({"group": [r["group"] for r, _ in usable], "margin": margins})
+        writer.write_shard("judged", 0, table)
+        study.progress.log(
+            f"flips {rate:.0%}, seed {seed}, {name}: {(margins > 0).mean():.3f} of {len(margins)} held-out pairs "
+            f"right, {time.monotonic() - began:.0f} s"
+        )
+        return {"rows": len(margins), **facts}
+
+    what = _cell_settings(study, rate, seed) | settings.key_settings("rates", "seeds", "arms", "weights")
+    what |= {"weights": name}
+    if untrained:
+        what = {k: settings.key_settings()[k] for k in ("test_pairs", "max_tokens", "max_prompt_tokens")}
+        what |= {"weights": name}
+    return study.cell("noise_training", what, make)

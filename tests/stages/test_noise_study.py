@@ -1,0 +1,94 @@
+"""The noise study, on the tiny model: every cell once, taken up where it stopped."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reward_cases import preference_rows, write_prompts
+
+from clha.config import NoiseStudy, RewardFit
+from clha.errors import UserError
+from clha.progress import Progress
+from clha.stages import noise_study
+from clha.stages.noise_study import StudyInput, run_study
+from clha.store import Home
+
+FIT = RewardFit(encoder="tiny", layer=1, folds=3, max_tokens=128)
+SMALL = NoiseStudy(
+    rates=[0.3],
+    seeds=[0, 1],
+    weights=["none", "calibrated", "oracle"],
+    reward_pairs=60,
+    train_pairs=24,
+    test_pairs=24,
+    max_prompt_tokens=64,
+    max_tokens=48,
+)
+
+
+def given(home: Home, model: Path) -> StudyInput:
+    rows = [r for i, split in enumerate(("reward_train", "train", "test")) for r in preference_rows(60, split, seed=i)]
+    unique = {r["prompt_id"]: r for r in rows}
+    return StudyInput(write_prompts(home, list(unique.values())), model, model, {"policy": "p", "encoder": "e"})
+
+
+def cells(home: Home) -> dict[str, int]:
+    return {kind: len(list((home.artifacts / kind).glob("*/manifest.json"))) for kind in noise_study.CODE_VERSION}
+
+
+def test_a_study_reports_every_cell_and_a_second_one_makes_none(
+    home: Home, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = given(home, tiny_model)
+    report = tmp_path / "study.json"
+    results = run_study(home, SMALL, FIT, work, Progress(), report)
+    assert [(d["seed"], d["arm"]) for d in results["detection"]] == [
+        (s, a) for s in (0, 1) for a in ("clean", "flipped")
+    ]
+    assert all(d["auroc"] > 0.6 for d in results["detection"] if d["arm"] == "clean")
+    assert [t["weights"] for t in results["training"]] == ["before training", "none", "calibrated", "oracle"]
+    assert "gain" in results["training"][2]
+    assert cells(home) == {"noise_features": 1, "noise_detection": 4, "noise_training": 7}
+    assert json.loads(report.read_text()) == json.loads(json.dumps(results))
+    assert "| 30% | oracle |" in report.with_suffix(".md").read_text()
+
+    def no_more(*_: Any) -> None:
+        raise AssertionError("a cell was made again")
+
+    monkeypatch.setattr(noise_study, "ArtifactWriter", no_more)
+    assert run_study(home, SMALL, FIT, work, Progress()) == results
+
+
+def test_a_stopped_study_keeps_its_finished_cells(home: Home, tiny_model: Path) -> None:
+    work = given(home, tiny_model)
+    detection_only = SMALL.model_copy(update={"weights": []})
+
+    class Stopped(BaseException):
+        pass
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["event"] == "log" and "seed 1" in event["message"]:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        run_study(home, detection_only, FIT, work, Progress(stop))
+    before = cells(home)
+    assert 0 < before["noise_detection"] < 4
+    run_study(home, detection_only, FIT, work, Progress())
+    assert cells(home) == {"noise_features": 1, "noise_detection": 4, "noise_training": 0}
+
+
+def test_another_rate_adds_its_cells_only(home: Home, tiny_model: Path) -> None:
+    work = given(home, tiny_model)
+    one = SMALL.model_copy(update={"weights": [], "seeds": [0]})
+    run_study(home, one, FIT, work, Progress())
+    run_study(home, one.model_copy(update={"rates": [0.3, 0.1]}), FIT, work, Progress())
+    assert cells(home) == {"noise_features": 1, "noise_detection": 4, "noise_training": 0}
+
+
+def test_too_few_pairs_are_a_clear_error(home: Home, tiny_model: Path) -> None:
+    prompts = write_prompts(home, preference_rows(30))
+    work = StudyInput(prompts, tiny_model, tiny_model, {})
+    with pytest.raises(UserError, match="0 pairs in split train, at least 20 needed"):
+        run_study(home, SMALL, FIT, work, Progress())

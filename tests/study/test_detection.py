@@ -1,0 +1,85 @@
+"""Flipped labels: made reproducibly, found as well as theory says."""
+
+import numpy as np
+import pytest
+from scipy.stats import norm
+
+from clha import noise
+from clha.config import RewardFit
+from clha.study.detection import LabelledPairs, arm_weights, detect, detect_by_length, flips, swapped
+
+
+def pairs(count: int, accuracy: float, seed: int, name: str) -> LabelledPairs:
+    """One feature whose difference, chosen minus rejected, is Gaussian: a head on it has this accuracy."""
+    draw = np.random.default_rng(seed)
+    difference = draw.normal(norm.ppf(accuracy), 1, count)
+    base = draw.normal(0, 0.1, count)
+    features = np.stack([base + difference / 2, base - difference / 2], axis=1)[..., None]
+    ids = [f"{name}{i}" for i in range(count)]
+    return LabelledPairs(ids, ids, features, draw.integers(10, 200, (count, 2)))
+
+
+FIT = RewardFit(encoder="none", l2=1e-4)
+
+
+def test_the_share_of_flips_is_exact_and_the_same_each_time() -> None:
+    ids = [f"p{i}" for i in range(50)]
+    flipped = flips(ids, 0.4, seed=0)
+    assert flipped.sum() == 20
+    assert (flipped == flips(ids, 0.4, seed=0)).all()
+    assert (flipped != flips(ids, 0.4, seed=1)).any()
+    assert not flips(ids, 0.0, seed=0).any()
+
+
+def test_a_label_is_flipped_whatever_else_is_looked_at() -> None:
+    """With more flips the same labels stay flipped, and the order of the pairs is of no matter."""
+    ids = [f"p{i}" for i in range(50)]
+    assert (flips(ids, 0.4, 0) >= flips(ids, 0.2, 0)).all()
+    assert (flips(ids[::-1], 0.4, 0)[::-1] == flips(ids, 0.4, 0)).all()
+
+
+def test_swapping_exchanges_the_responses_of_flipped_pairs_only() -> None:
+    x = np.arange(8.0).reshape(2, 2, 2)
+    out = swapped(x, np.array([True, False]))
+    assert out[0].tolist() == x[0][::-1].tolist()
+    assert out[1].tolist() == x[1].tolist()
+
+
+@pytest.mark.parametrize("rate", [0.2, 0.4])
+@pytest.mark.parametrize("arm", ["clean", "flipped"])
+@pytest.mark.parametrize("accuracy", [0.65, 0.8])
+def test_detection_meets_theory_on_gaussian_margins(rate: float, arm: str, accuracy: float) -> None:
+    """20,000 pairs, to 0.01; with one feature the head is right even where its own labels are flipped."""
+    found = detect(pairs(2000, accuracy, 1, "r"), pairs(20_000, accuracy, 2, "t"), rate, 0, arm, FIT, 20)
+    assert found.figures["auroc"] == pytest.approx(noise.theory_auroc(accuracy), abs=0.01)
+    assert found.figures["theory_auroc"] == pytest.approx(noise.theory_auroc(accuracy), abs=0.01)
+    low, high = found.figures["auroc_interval"]
+    assert 0 < high - low < 0.03
+
+
+def test_the_injected_rate_is_estimated_with_a_clean_reward_model() -> None:
+    found = detect(pairs(2000, 0.85, 1, "r"), pairs(5000, 0.85, 2, "t"), 0.3, 0, "clean", FIT, 20)
+    assert found.figures["flip_rate"] == pytest.approx(0.3, abs=0.05)
+
+
+def test_length_finds_nothing_where_it_says_nothing() -> None:
+    found = detect_by_length(pairs(2000, 0.8, 1, "r"), pairs(4000, 0.8, 2, "t"), 0.4, 0, FIT)
+    assert found.figures["auroc"] == pytest.approx(0.5, abs=0.04)
+
+
+def test_the_arms_weigh_as_their_names_say() -> None:
+    reward, train = pairs(500, 0.8, 1, "r"), pairs(500, 0.8, 2, "t")
+    found, by_length = detect(reward, train, 0.4, 0, "clean", FIT), detect_by_length(reward, train, 0.4, 0, FIT)
+    flipped = flips(train.ids, 0.4, 0)
+    weights = {
+        name: arm_weights(name, found, by_length, flipped, 0)
+        for name in ("none", "calibrated", "shuffled", "length", "oracle")
+    }
+    assert (weights["none"] == 1).all()
+    assert (weights["oracle"] == ~flipped).all()
+    assert sorted(weights["shuffled"]) == pytest.approx(sorted(weights["calibrated"]))
+    assert (weights["shuffled"] != weights["calibrated"]).any()
+    for w in weights.values():
+        assert w[w > 0].mean() == pytest.approx(1)
+    assert weights["calibrated"][flipped].mean() < 0.5 * weights["calibrated"][~flipped].mean()
+    assert weights["shuffled"][flipped].mean() == pytest.approx(weights["shuffled"][~flipped].mean(), rel=0.3)

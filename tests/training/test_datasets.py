@@ -1,0 +1,129 @@
+"""Training without a pipeline: datasets in our form and in TRL's, and what the core does not import."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from clha.errors import UserError
+from clha.training.datasets import as_ranked_prompts
+
+MESSAGES = [{"role": "user", "content": "Why is the sky blue?"}]
+
+
+def said(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
+
+
+FORMS: dict[str, list[dict[str, Any]]] = {
+    "plain, explicit prompt": [{"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}],
+    "plain, implicit prompt": [{"chosen": "The sky is blue.", "rejected": "The sky is green."}],
+    "conversational, explicit prompt": [{"prompt": MESSAGES, "chosen": said("It scatters."), "rejected": said("No.")}],
+    "conversational, implicit prompt": [
+        {"chosen": MESSAGES + said("It scatters."), "rejected": MESSAGES + said("No.")}
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_pair_becomes_a_ranked_prompt_that_ends_in_eos(form: str, tokenizer: Any):
+    prompts = as_ranked_prompts(Dataset.from_list(FORMS[form]), tokenizer)
+    item = prompts[0]
+    assert prompts.max_candidates == len(item) == 2
+    chosen, rejected = (tokenizer.decode(r) for r in item.responses)
+    eos = tokenizer.eos_token
+    if "plain" in form:
+        assert tokenizer.decode(item.prompt) == "The sky is"
+        assert (chosen, rejected) == (f" blue.{eos}", f" green.{eos}")
+    else:
+        template = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=False)
+        assert tokenizer.decode(item.prompt) == template
+        assert (chosen, rejected) == (f"It scatters.{eos}", f"No.{eos}")
+
+
+def test_text_can_never_become_a_control_token(tokenizer: Any):
+    row = {"prompt": "x", "chosen": f"good {tokenizer.eos_token} day", "rejected": "bad"}
+    item = as_ranked_prompts(Dataset.from_list([row]), tokenizer)[0]
+    assert item.responses[0].tolist().count(tokenizer.eos_token_id) == 1
+
+
+def test_the_preferences_form_is_taken_as_it_is():
+    row = {"prompt_token_ids": [5, 6], "response_token_ids": [[7], [8, 9], [3]], "rewards": [2.0, 1.0, 0.0]}
+    prompts = as_ranked_prompts(Dataset.from_list([row]), None)
+    item = prompts[0]
+    assert prompts.max_candidates == 3
+    assert item.pair_weights.tolist() == [[0, 1, 1], [0, 0, 1], [0, 0, 0]]
+    assert [r.tolist() for r in item.responses] == [[7], [8, 9], [3]]
+
+
+def test_other_columns_and_text_without_a_tokenizer_are_errors_in_one_line(tokenizer: Any):
+    with pytest.raises(UserError, match="has columns instruction, output; wanted are"):
+        as_ranked_prompts(Dataset.from_list([{"instruction": "a", "output": "b"}]), tokenizer)
+    with pytest.raises(UserError, match="processing_class"):
+        as_ranked_prompts(Dataset.from_list(FORMS["plain, implicit prompt"]), None)
+    with pytest.raises(UserError, match="row 0 has no prompt"):
+        as_ranked_prompts(Dataset.from_list([{"prompt": "", "chosen": "a", "rejected": "b"}]), tokenizer)[0]
+
+
+def test_the_trainer_stands_alone(tiny_model: Path, tmp_path: Path, tokenizer: Any):
+    from clha import ClhaConfig, ClhaTrainer
+
+    rows = [{"prompt": f"{i} and", "chosen": f" {i + 1}", "rejected": " nothing at all"} for i in range(6)]
+    trainer = ClhaTrainer(
+        model=AutoModelForCausalLM.from_pretrained(tiny_model),
+        args=ClhaConfig(
+            output_dir=str(tmp_path), num_train_epochs=1, report_to="none", use_cpu=True, save_strategy="no"
+        ),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows[:2]),
+        processing_class=tokenizer,
+    )
+    assert trainer.train().global_step == 2
+    assert 0 <= trainer.evaluate()["eval_rewards/accuracies"] <= 1
+    trainer.save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "model.safetensors").is_file()
+
+
+def test_a_model_can_be_named_by_its_folder(tiny_model: Path, tmp_path: Path, tokenizer: Any):
+    from clha import ClhaConfig, ClhaTrainer
+
+    args = ClhaConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    assert ClhaTrainer(model=str(tiny_model), args=args).abilities.shares_prompts
+
+
+BLOCK = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("prefect", "vllm", "datasets", "pydantic", "trl"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Blocker())
+import clha.losses, clha.training.trainer, clha.training.preferences, clha.training.export, clha.training.reference
+from clha import ClhaConfig, ClhaTrainer
+print("imported", ClhaTrainer.__name__, ClhaConfig.__name__)
+"""
+
+
+def test_the_core_works_where_prefect_vllm_datasets_and_pydantic_cannot_be_imported(root: Path):
+    done = subprocess.run([sys.executable, "-c", BLOCK], cwd=root, capture_output=True, text=True, check=False)
+    assert done.stdout.strip().endswith("imported ClhaTrainer ClhaConfig"), done.stderr[-2000:]
+
+
+def test_losses_logprobs_and_batches_import_nothing_of_ours_but_each_other(root: Path):
+    import ast
+
+    for name in ("losses.py", "training/logprobs.py", "training/batches.py"):
+        tree = ast.parse((root / "clha" / name).read_text())
+        found = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
+        found |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+        allowed = {"torch", "numpy", "typing", "collections", "dataclasses", "math"}
+        assert {module.split(".")[0] for module in found} <= allowed
