@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from chains import clha
+
 from clha.errors import says_disk_full
 
 

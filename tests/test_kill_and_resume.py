@@ -9,7 +9,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-
 from chains import ROOT, artifact_folder, clha, clha_command, environment, file_digests, referee, run_file
 
 # node, what appears under work/<kind>/*/ when some of the work is done, how many of them make a whole

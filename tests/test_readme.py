@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-
 from chains import ROOT, environment
+
 from clha.config import load_settings
 
 README = (ROOT / "README.md").read_text()

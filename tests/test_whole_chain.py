@@ -2,12 +2,10 @@
 
 import json
 import shutil
-import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-
 from chains import ROOT, artifact_folder, clha, file_digests, referee, run_file
 
 
@@ -48,9 +46,7 @@ def test_no_work_and_no_temporary_file_is_left(smoke_home: Path):
 
 def test_a_second_run_does_nothing_and_says_so(smoke_home: Path):
     before = snapshot(smoke_home)
-    started = time.monotonic()
     done = clha(smoke_home, "run", "--profile", "smoke", "--run", "smoke")
-    print(f"second run: {time.monotonic() - started:.1f} s")
     assert snapshot(smoke_home) == before
     assert "nothing to do" in done.stdout.lower() or "up to date" in done.stdout.lower()
 
