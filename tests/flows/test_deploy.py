@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from chains import clha_command, environment, run_file
-from flow_cases import processes_of
+from flow_cases import processes_of, write_pairs
 
 from clha.store import Home
 from flows import server
@@ -104,3 +104,22 @@ def test_chain_and_stages_started_through_the_api_end_completed_and_a_second_sta
 
     unknown = served.wait(served.start("prepare/smoke", run="nobody"))
     assert unknown["state"]["type"] == "FAILED" and "no run `nobody`" in unknown["state"]["message"]
+
+
+def test_cancelling_in_the_ui_ends_the_process_of_the_stage_and_frees_the_run(served: Api, home: Home, tmp_path: Path):
+    many = write_pairs(tmp_path / "many.jsonl", 150_000)
+    overrides = ["prepare.source=chat_jsonl", f"prepare.path={many}"]
+    started = served.start("pipeline/smoke", run="cancelled", only="prepare", overrides=overrides)
+    deadline = time.monotonic() + 120
+    while not any("clha.stages.prepare" in line for line in processes_of(home.root)):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    served.call(f"/flow_runs/{started}/set_state", {"state": {"type": "CANCELLING"}})
+    assert served.wait(started)["state"]["type"] == "CANCELLED"
+    deadline = time.monotonic() + 15
+    while any("clha.stages" in line for line in processes_of(home.root)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not any("clha.stages" in line for line in processes_of(home.root))
+    assert not (home.artifacts / "prepare").exists()
+    with home.lock("run-cancelled"):
+        pass  # nobody holds it any more
