@@ -18,10 +18,12 @@ from clha.sources.rows import BadRow, Row
 from clha.sources.splits import first_user_turn, limit_order, split_of
 
 _TABLES = """
-create table row (seq integer primary key, prompt_id text, first text, chosen integer, rejected integer, body text);
+create table head (seq integer primary key, prompt_id text, first text, chosen integer, rejected integer);
+create table body (seq integer primary key, row text);
 create table bad (seq integer primary key, prompt_id text, reason text, detail text);
 """
 _BATCH = 5000
+_CACHE_KIB = 131_072
 
 
 @dataclass
@@ -56,13 +58,14 @@ def collect(rows: Iterable[Row | BadRow], database: Path) -> None:
             if len(good) + len(bad) >= _BATCH:
                 _flush(db, good, bad)
         _flush(db, good, bad)
-        db.execute("create index row_prompt on row (prompt_id, seq)")
+        db.execute("create index head_prompt on head (prompt_id, seq)")
         db.commit()
     partial.replace(database)
 
 
 def _flush(db: sqlite3.Connection, good: list[tuple[Any, ...]], bad: list[tuple[Any, ...]]) -> None:
-    db.executemany("insert into row values (?, ?, ?, ?, ?, ?)", good)
+    db.executemany("insert into head values (?, ?, ?, ?, ?)", (row[:5] for row in good))
+    db.executemany("insert into body values (?, ?)", ((row[0], row[5]) for row in good))
     db.executemany("insert into bad values (?, ?, ?, ?)", bad)
     db.commit()
     good.clear()
@@ -75,7 +78,8 @@ class Collected:
     def __init__(self, database: Path) -> None:
         self._db = sqlite3.connect(database)
         self._db.execute("pragma temp_store = file")
-        self.good = self._count("select count(*) from row")
+        self._db.execute(f"pragma cache_size = -{_CACHE_KIB}")
+        self.good = self._count("select count(*) from head")
         self.bad = self._count("select count(*) from bad")
 
     def close(self) -> None:
@@ -101,21 +105,24 @@ class Collected:
         Returns (prompts kept, {split: prompts that its limit left out}). Kept prompts are numbered in the order in
         which they first appear in the source.
         """
+        self._db.create_function("split_of", 2, lambda first, pair: split_of(first, bool(pair), shares, seed))
         with _disk_errors():
             self._db.executescript(
                 """
                 drop table if exists prompt;
+                drop table if exists turn;
                 drop table if exists kept;
-                create table prompt as
-                    select prompt_id, min(seq) as seq, first, max(chosen) and max(rejected) as pair, '' as split
-                    from row group by prompt_id;
-                create index prompt_first on prompt (first);
+                create temp table merged as
+                    select prompt_id, min(seq) as seq, first, max(chosen) and max(rejected) as pair
+                    from head group by prompt_id;
+                create temp table turn as
+                    select first, split_of(first, max(pair)) as split from merged group by first;
+                create index temp.turn_first on turn (first);
+                create table prompt as select prompt_id, seq, split from merged join turn using (first) order by seq;
+                drop table merged;
+                drop table turn;
                 """
             )
-            firsts = self._db.execute("select first, max(pair) from prompt group by first")
-            splits = ((split_of(first, bool(pair), shares, seed), first) for first, pair in firsts)
-            for batch in _batches(splits):
-                self._db.executemany("update prompt set split = ? where first = ?", batch)
             dropped = self._cut(limits)
             self._db.executescript(
                 "create table kept (number integer primary key, prompt_id text, split text);"
@@ -150,8 +157,8 @@ class Collected:
     def prompts(self, start: int, stop: int, merged: Merged) -> Iterator[dict[str, Any]]:
         """The kept prompts with numbers in [start, stop), as rows of the table `prompts`; counts into `merged`."""
         found = self._db.execute(
-            "select kept.prompt_id, kept.split, row.body from kept join row using (prompt_id) "
-            "where number >= ? and number < ? order by number, row.seq",
+            "select kept.prompt_id, kept.split, body.row from kept join head using (prompt_id) join body using (seq) "
+            "where number >= ? and number < ? order by number, seq",
             (start, stop),
         )
         current: dict[str, Any] | None = None
@@ -181,16 +188,6 @@ def _settled(prompt: dict[str, Any], merged: Merged) -> dict[str, Any]:
     for side in ("chosen", "rejected"):
         prompt[side] = [response for response in prompt[side] if response not in both]
     return prompt
-
-
-def _batches(items: Iterable[Any]) -> Iterator[list[Any]]:
-    batch: list[Any] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) >= _BATCH:
-            yield batch
-            batch = []
-    yield batch
 
 
 class _disk_errors:
