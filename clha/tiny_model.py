@@ -1,5 +1,6 @@
 """A random tiny causal language model and its tokenizer, made on the spot: for tests and the `smoke` profile."""
 
+import string
 from pathlib import Path
 
 CHATML = (
@@ -51,5 +52,8 @@ def write_tiny_model(folder: Path, seed: int = 0) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
+        # It speaks in letters: a response of blanks alone would be an empty one, and judged by nobody.
+        letters = tokenizer.convert_tokens_to_ids(list(string.ascii_letters))
+        model.get_input_embeddings().weight.data[letters] *= 4
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -13,12 +13,12 @@ from chains import ROOT, artifact_folder, clha, clha_command, environment, file_
 
 # node, what appears under work/<kind>/*/ when some of the work is done, how many of them make a whole
 CASES = [
-    pytest.param("prepare", "prepare", "artifact/prompts-*.parquet", id="prepare"),
-    pytest.param("fit_reward", "fit_reward.train", "scratch/**/*.*", id="fit_reward"),
+    pytest.param("prepare", "prepare", "artifact/prompts-*.parquet", id="prepare", marks=pytest.mark.slow),
+    pytest.param("fit_reward", "fit_reward.train", "scratch/**/*.*", id="fit_reward", marks=pytest.mark.slow),
     pytest.param("generate", "generate", "artifact/candidates-*.parquet", id="generate"),
     pytest.param("rescore", "score", "artifact/rewards-*.parquet", id="score"),
     pytest.param("train", "train", "scratch/**/checkpoint-*", id="train"),
-    pytest.param("evaluate", "answers.trained", "artifact/answers-*.parquet", id="answers"),
+    pytest.param("evaluate", "answers.trained", "artifact/answers-*.parquet", id="answers", marks=pytest.mark.slow),
 ]
 
 

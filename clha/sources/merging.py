@@ -43,7 +43,8 @@ def collect(rows: Iterable[Row | BadRow], database: Path) -> None:
     for left in (partial, Path(f"{partial}-journal")):
         left.unlink(missing_ok=True)
     with closing(sqlite3.connect(partial)) as db, _disk_errors():
-        db.execute("pragma synchronous = off")  # a half-written file is thrown away, never read
+        # A half-written file is thrown away, never read.
+        db.executescript("pragma synchronous = off; pragma journal_mode = off;")
         db.executescript(_TABLES)
         good: list[tuple[Any, ...]] = []
         bad: list[tuple[Any, ...]] = []

@@ -66,23 +66,18 @@ class ClhaTrainer(Trainer):
         )
         self.abilities = policy.attach(model, args.share_prompts, args.logits_megabytes << 20)
         self.notes = [self.abilities.reason] if self.abilities.reason else []  # lines that a person should read
-        self._candidates = max(
-            (d.max_candidates for d in (self.train_dataset, self.eval_dataset) if d is not None), default=2
-        )
+        sets = [d for d in (self.train_dataset, self.eval_dataset) if d is not None]
+        self._candidates = max((d.max_candidates for d in sets), default=2)
         self._pad_token_id = getattr(processing_class, "pad_token_id", None) or 0
         self._sums, self._steps, self._since = Sums(), 0, 0.0  # since the last log
         self._peak: float | None = None
-
-    # -- data ------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> Any:
         args = self.args
         if self.train_dataset is None or len(self.train_dataset) == 0:
             raise ValueError("training needs a train_dataset with at least one prompt")
-        seed = args.seed if args.data_seed is None else args.data_seed
-        sampler = PromptSampler(
-            len(self.train_dataset), args.per_device_train_batch_size, seed, args.process_index, args.world_size
-        )
+        seed, batch = args.seed if args.data_seed is None else args.data_seed, args.per_device_train_batch_size
+        sampler = PromptSampler(len(self.train_dataset), batch, seed, args.process_index, args.world_size)
         return prompt_loader(self.train_dataset, sampler, args.dataloader_num_workers)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
@@ -112,8 +107,6 @@ class ClhaTrainer(Trainer):
             idle = layout.batch((prompts or [self.train_dataset[0]])[:1])
             batches = [(idle, 0.0)] * (most - len(batches)) + batches
         return batches
-
-    # -- one step --------------------------------------------------------------------------------------------
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward over `inputs`, a list of prompts. Returns the loss as it enters the log."""
@@ -159,11 +152,8 @@ class ClhaTrainer(Trainer):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if norm is not None:
-            self._check_finite(torch.as_tensor(norm), "the gradient norm")
+        self._check_finite(torch.as_tensor(0.0 if norm is None else norm), "the gradient norm")
         return norm
-
-    # -- evaluation, logs, checkpoints -----------------------------------------------------------------------
 
     @torch.no_grad()
     def evaluation_loop(self, dataloader: Any, description: str, *_: Any, **kwargs: Any) -> EvalLoopOutput:
@@ -189,8 +179,8 @@ class ClhaTrainer(Trainer):
         """Add the metrics of the steps since the last log to a training log."""
         if "loss" in logs and "learning_rate" in logs:
             self._sums.values = self._summed(self._sums.values)
-            seconds = time.perf_counter() - self._since
             self.state.num_input_tokens_seen += int(self._sums["tokens"])
+            seconds = time.perf_counter() - self._since
             if self._peak is None:
                 dtype = torch.bfloat16 if self.args.bf16 else torch.float32
                 self._peak = peak_flops(self.args.device, dtype) * self.args.world_size

@@ -33,7 +33,7 @@ def command(home: Home, tmp_path: Path) -> Clha:
     folder = tmp_path / "elsewhere"
     folder.mkdir()
 
-    def run(*arguments: str, timeout: float = 120, **variables: str) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: str, timeout: float = 240, **variables: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             clha_command(*arguments),
             cwd=folder,

@@ -1,6 +1,7 @@
 """Helpers of the tests of flows and command line."""
 
 import json
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -43,3 +44,8 @@ def processes_of(home: Path) -> list[str]:
         if str(home) in line and ("clha.stages" in line or "flows." in line):
             found.append(line)
     return found
+
+
+def hear_interrupts() -> None:
+    """For Popen(preexec_fn=...): a test suite in the background of a shell hands down that SIGINT is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

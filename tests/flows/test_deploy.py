@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from chains import clha_command, environment, run_file
-from flow_cases import processes_of, write_pairs
+from flow_cases import hear_interrupts, processes_of, write_pairs
 
 from clha.store import Home
 from flows import server
@@ -40,7 +40,7 @@ class Api:
         body = {"state": {"type": "SCHEDULED"}, "parameters": {**found["parameters"], **parameters}}
         return str(self.call(f"/deployments/{found['id']}/create_flow_run", body)["id"])
 
-    def wait(self, flow_run: str, seconds: float = 120) -> dict[str, Any]:
+    def wait(self, flow_run: str, seconds: float = 240) -> dict[str, Any]:
         """The flow run when it has ended."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -63,9 +63,10 @@ def served(home_with_database: Home, on_pairs: tuple[str, ...], tmp_path: Path) 
             cwd=tmp_path,
             stdout=log,
             stderr=subprocess.STDOUT,
+            preexec_fn=hear_interrupts,
         )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while "Ctrl-C ends serving" not in output.read_text():
             assert process.poll() is None and time.monotonic() < deadline, output.read_text()
             time.sleep(0.2)
@@ -110,7 +111,7 @@ def test_cancelling_in_the_ui_ends_the_process_of_the_stage_and_frees_the_run(se
     many = write_pairs(tmp_path / "many.jsonl", 150_000)
     overrides = ["prepare.source=chat_jsonl", f"prepare.path={many}"]
     started = served.start("pipeline/smoke", run="cancelled", only="prepare", overrides=overrides)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not any("clha.stages.prepare" in line for line in processes_of(home.root)):
         assert time.monotonic() < deadline
         time.sleep(0.2)

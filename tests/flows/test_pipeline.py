@@ -41,7 +41,7 @@ def artifacts(run: str) -> dict[str, Any]:
 
     with get_client(sync_client=True) as client:
         found = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(like_=f"{run}-%")))
-    return {artifact.key: artifact for artifact in found}
+    return {artifact.key: artifact for artifact in sorted(found, key=lambda artifact: artifact.created)}
 
 
 def parameters(request: launch.Request, run: str) -> dict[str, Any]:

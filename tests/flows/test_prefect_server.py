@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from chains import clha_command, environment
-from flow_cases import processes_of
+from flow_cases import hear_interrupts, processes_of
 
 from clha.errors import UserError
 from clha.store import Home
@@ -66,9 +66,10 @@ def test_clha_ui_serves_page_and_api_is_found_and_leaves_nothing_behind(home: Ho
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=hear_interrupts,
     )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while (found := server.find_server(home)) is None and time.monotonic() < deadline:
             assert started.poll() is None, started.communicate()[0]
             time.sleep(0.2)
@@ -84,7 +85,7 @@ def test_clha_ui_serves_page_and_api_is_found_and_leaves_nothing_behind(home: Ho
         assert again.returncode == 2 and f"running already: {found.ui}" in again.stderr
     finally:
         started.send_signal(signal.SIGINT)
-        output, _ = started.communicate(timeout=30)
+        output, _ = started.communicate(timeout=60)
     assert started.returncode == 0 and "Traceback" not in output
     assert server.find_server(home) is None and not (home.prefect / "server.json").exists()
     assert processes_of(home.root) == []
@@ -95,7 +96,7 @@ def test_a_server_ends_when_its_owner_is_killed(home_with_database: Home, tmp_pa
     owner = subprocess.Popen(
         clha_command("ui", "--port", str(port)), env=environment(home.root), cwd=tmp_path, stdout=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not processes_of(home.root) and time.monotonic() < deadline:
         time.sleep(0.1)
     time.sleep(1)

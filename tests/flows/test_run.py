@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from chains import clha_command, environment, run_file
-from flow_cases import Clha, files_below, processes_of, write_pairs
+from flow_cases import Clha, files_below, hear_interrupts, processes_of, write_pairs
 
 from clha.store import Home
 from flows import server
@@ -84,11 +84,12 @@ class Started:
                 env={**environment(home.root), **variables},
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                preexec_fn=hear_interrupts,
             )
 
     def wait_for_stage(self) -> None:
         """Return when the process of the stage is at work."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while time.monotonic() < deadline:
             assert self.process.poll() is None, self.output.read_text()
             if any("clha.stages.prepare" in line for line in processes_of(self.home.root)):
@@ -118,7 +119,7 @@ def test_an_interrupted_run_ends_its_processes_and_tells_the_server(
     run = Started(home, on_pairs, many, tmp_path, PREFECT_API_URL=shared_server.api)
     run.wait_for_stage()
     run.process.send_signal(number)
-    run.process.wait(timeout=30)
+    run.process.wait(timeout=60)
     assert run.nothing_is_left()
     output = run.output.read_text()
     assert run.process.returncode == 128 + number
@@ -151,7 +152,7 @@ def test_a_server_that_dies_does_not_fail_the_run(
         ["pgrep", "-f", f"flows.server {home.root} "], capture_output=True, text=True, check=True
     ).stdout.split()
     os.kill(int(servers[0]), signal.SIGKILL)
-    run.process.wait(timeout=180)
+    run.process.wait(timeout=400)
     output = run.output.read_text()
     assert run.process.returncode == 0, output
     assert "the Prefect server no longer answers" in output and "Traceback" not in output

@@ -269,7 +269,7 @@ def test_a_real_server_gives_the_rows_of_the_engine_in_process(
             "max_tokens": 12,
             "max_prompt_tokens": 100,
             "shard_size": 8,
-            "engine": {"max_model_len": 200, "args": {"max_num_seqs": 8, "kv_cache_memory_bytes": 1 << 26}},
+            "engine": {"max_model_len": 250, "args": {"max_num_seqs": 8, "kv_cache_memory_bytes": 1 << 26}},
         },
         "rescore": judge,
         "evaluate": judge,

@@ -275,6 +275,7 @@ def test_a_killed_prepare_goes_on_from_its_finished_shards(tmp_path: Path, home:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_million_rows_need_less_than_four_gigabytes(tmp_path: Path, home: Home):
     """Takes about two minutes: the size is what is tested."""
     draw = random.Random(0)
