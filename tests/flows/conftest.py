@@ -63,9 +63,15 @@ def shared_server(shared_server_home: Home) -> Iterator[server.Server]:
         yield found
 
 
+@pytest.fixture(scope="session")
+def database(shared_server: server.Server, shared_server_home: Home) -> Path:
+    """Prefect's database with its tables and no row: making them takes as long as all the rest of a server's start."""
+    return shared_server_home.prefect / "fresh.db"
+
+
 @pytest.fixture
-def home_with_database(home: Home, shared_server: server.Server, shared_server_home: Home) -> Home:
-    """`home` with Prefect's database made already: its tables take as long as all the rest of a server's start."""
+def home_with_database(home: Home, database: Path) -> Home:
+    """`home` with Prefect's database made already."""
     home.prefect.mkdir()
-    shutil.copyfile(shared_server_home.prefect / "fresh.db", home.prefect / "prefect.db")
+    shutil.copyfile(database, home.prefect / "prefect.db")
     return home

@@ -1,6 +1,7 @@
 """`clha deploy`: the chain and each stage as deployments, started through the API, kept from piling up."""
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chains import clha_command, environment, run_file
+from chains import ROOT, clha_command, environment, run_file
 from flow_cases import hear_interrupts, processes_of, write_pairs
 
 from clha.store import Home
@@ -51,16 +52,27 @@ class Api:
         raise AssertionError(f"still {run['state']}")
 
 
-@pytest.fixture
-def served(home_with_database: Home, on_pairs: tuple[str, ...], tmp_path: Path) -> Iterator[Api]:
+@pytest.fixture(scope="module")
+def served_home(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, database: Path) -> Home:
+    """The CLHA_HOME of `served`."""
+    home = Home(tmp_path_factory.mktemp("served") / "home").create()
+    shutil.copytree(tiny_model, home.models / tiny_model.name)
+    home.prefect.mkdir()
+    shutil.copyfile(database, home.prefect / "prefect.db")
+    return home
+
+
+@pytest.fixture(scope="module")
+def served(served_home: Home, pairs: Path) -> Iterator[Api]:
     """`clha deploy` with a server of its own."""
     port = server.free_port()
-    output = tmp_path / "output.txt"
+    output = served_home.root.parent / "output.txt"
+    arguments = ("--profile", "smoke", "--set", "prepare.source=chat_jsonl", "--set", f"prepare.path={pairs}")
     with open(output, "wb") as log:
         process = subprocess.Popen(
-            clha_command("deploy", *on_pairs, "--port", str(port)),
-            env=environment(home_with_database.root),
-            cwd=tmp_path,
+            clha_command("deploy", *arguments, "--port", str(port)),
+            env=environment(served_home.root),
+            cwd=ROOT,
             stdout=log,
             stderr=subprocess.STDOUT,
             preexec_fn=hear_interrupts,
@@ -78,11 +90,11 @@ def served(home_with_database: Home, on_pairs: tuple[str, ...], tmp_path: Path) 
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(timeout=60)
-        assert processes_of(home_with_database.root) == []
+        assert processes_of(served_home.root) == []
 
 
 def test_chain_and_stages_started_through_the_api_end_completed_and_a_second_start_is_cancelled(
-    served: Api, home: Home
+    served: Api, served_home: Home
 ):
     names = {d["name"] for d in served.call("/deployments/filter", {})}
     flows = {f["name"] for f in served.call("/flows/filter", {})}
@@ -98,7 +110,7 @@ def test_chain_and_stages_started_through_the_api_end_completed_and_a_second_sta
     assert set(ended) == {"COMPLETED", "CANCELLED"}
     name = ended["COMPLETED"]["name"]
     assert name.startswith("smoke-20"), "a run without a name is named after deployment and time"
-    assert list(run_file(home.root, name)["nodes"]) == ["prepare"]
+    assert list(run_file(served_home.root, name)["nodes"]) == ["prepare"]
 
     stage = served.wait(served.start("prepare/smoke", run=name))
     assert stage["state"]["type"] == "COMPLETED" and stage["name"] == f"{name} prepare"
@@ -107,20 +119,23 @@ def test_chain_and_stages_started_through_the_api_end_completed_and_a_second_sta
     assert unknown["state"]["type"] == "FAILED" and "no run `nobody`" in unknown["state"]["message"]
 
 
-def test_cancelling_in_the_ui_ends_the_process_of_the_stage_and_frees_the_run(served: Api, home: Home, tmp_path: Path):
+def test_cancelling_in_the_ui_ends_the_process_of_the_stage_and_frees_the_run(
+    served: Api, served_home: Home, tmp_path: Path
+):
     many = write_pairs(tmp_path / "many.jsonl", 150_000)
     overrides = ["prepare.source=chat_jsonl", f"prepare.path={many}"]
     started = served.start("pipeline/smoke", run="cancelled", only="prepare", overrides=overrides)
     deadline = time.monotonic() + 240
-    while not any("clha.stages.prepare" in line for line in processes_of(home.root)):
+    while not any("clha.stages.prepare" in line for line in processes_of(served_home.root)):
         assert time.monotonic() < deadline
         time.sleep(0.2)
     served.call(f"/flow_runs/{started}/set_state", {"state": {"type": "CANCELLING"}})
     assert served.wait(started)["state"]["type"] == "CANCELLED"
     deadline = time.monotonic() + 15
-    while any("clha.stages" in line for line in processes_of(home.root)) and time.monotonic() < deadline:
+    while any("clha.stages" in line for line in processes_of(served_home.root)) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert not any("clha.stages" in line for line in processes_of(home.root))
-    assert not (home.artifacts / "prepare").exists()
-    with home.lock("run-cancelled"):
+    assert not any("clha.stages" in line for line in processes_of(served_home.root))
+    key = run_file(served_home.root, "cancelled")["nodes"]["prepare"]
+    assert not served_home.artifact_folder("prepare", key).exists()
+    with served_home.lock("run-cancelled"):
         pass  # nobody holds it any more

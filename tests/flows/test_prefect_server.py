@@ -57,6 +57,7 @@ def get(url: str) -> str:
         return str(response.read().decode())
 
 
+@pytest.mark.usefixtures("home_with_database")
 def test_clha_ui_serves_page_and_api_is_found_and_leaves_nothing_behind(home: Home, tmp_path: Path):
     port = server.free_port()
     started = subprocess.Popen(
@@ -91,8 +92,9 @@ def test_clha_ui_serves_page_and_api_is_found_and_leaves_nothing_behind(home: Ho
     assert processes_of(home.root) == []
 
 
-def test_a_server_ends_when_its_owner_is_killed(home_with_database: Home, tmp_path: Path):
-    home, port = home_with_database, server.free_port()
+@pytest.mark.usefixtures("home_with_database")
+def test_a_server_ends_when_its_owner_is_killed(home: Home, tmp_path: Path):
+    port = server.free_port()
     owner = subprocess.Popen(
         clha_command("ui", "--port", str(port)), env=environment(home.root), cwd=tmp_path, stdout=subprocess.DEVNULL
     )

@@ -23,6 +23,7 @@ def flow_runs(home: Home) -> dict[str, str]:
         return dict(db.execute("select name, state_name from flow_run order by start_time").fetchall())
 
 
+@pytest.mark.usefixtures("home_with_database")
 def test_a_run_appears_in_prefect_with_its_stage_its_logs_and_artifacts(
     command: Clha, home: Home, on_pairs: tuple[str, ...]
 ):
@@ -128,10 +129,8 @@ def test_an_interrupted_run_ends_its_processes_and_tells_the_server(
     assert flow_runs(shared_server_home)[tmp_path.name] in ("Crashed", "Cancelled")
 
 
-def test_a_killed_run_leaves_no_process_and_no_lock(
-    home_with_database: Home, on_pairs: tuple[str, ...], many: Path, tmp_path: Path
-):
-    home = home_with_database
+@pytest.mark.usefixtures("home_with_database")
+def test_a_killed_run_leaves_no_process_and_no_lock(home: Home, on_pairs: tuple[str, ...], many: Path, tmp_path: Path):
     run = Started(home, on_pairs, many, tmp_path)
     run.wait_for_stage()
     run.process.kill()
@@ -142,10 +141,8 @@ def test_a_killed_run_leaves_no_process_and_no_lock(
         pass  # nobody holds it any more
 
 
-def test_a_server_that_dies_does_not_fail_the_run(
-    home_with_database: Home, on_pairs: tuple[str, ...], many: Path, tmp_path: Path
-):
-    home = home_with_database
+@pytest.mark.usefixtures("home_with_database")
+def test_a_server_that_dies_does_not_fail_the_run(home: Home, on_pairs: tuple[str, ...], many: Path, tmp_path: Path):
     run = Started(home, on_pairs, many, tmp_path, PREFECT_CLIENT_MAX_RETRIES="0")
     run.wait_for_stage()
     servers = subprocess.run(
