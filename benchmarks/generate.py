@@ -53,7 +53,8 @@ def main() -> None:
             result = json.loads(line.removeprefix("RESULT "))
             rates[kind].append(result["tokens"] / result["seconds"])
             print(
-                f"{kind}: {rates[kind][-1]:.1f} tokens/s ({result['tokens']} in {result['seconds']:.1f} s), "
+                f"{kind}: {rates[kind][-1]:.1f} tokens/s ({result['tokens']} in {result['seconds']:.1f} s, "
+                f"{result['cpu_seconds']:.1f} s of CPU), "
                 f"engine ready after {result['start_seconds']:.1f} s, peak {result['peak_bytes'] / 1e9:.1f} GB",
                 flush=True,
             )
@@ -83,7 +84,8 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     settings = EngineSettings(max_model_len=options.max_prompt_tokens + options.max_tokens)
     sampling = Sampling(options.n, 1.0, 1.0, options.max_tokens, stop_token_ids=tuple(sorted(chat.special_ids)))
     measure = stage if options.measure == "stage" else bare
-    return {**measure(options, folder, chat, prompts, settings, sampling), "peak_bytes": peak_memory_bytes()}
+    result = measure(options, folder, chat, prompts, settings, sampling)
+    return {**result, "peak_bytes": peak_memory_bytes()}
 
 
 def stage(
@@ -105,7 +107,7 @@ def stage(
         engine.submit(Request(f"warm-up {k}", [5 + k] * 8, k))
     while engine.pending:
         engine.poll()
-    ready = time.monotonic()
+    ready, cpu = time.monotonic(), time.process_time()
 
     def rows(prompt: Any, encoded: Any, result: Any, counts: Counter[str]) -> list[Any]:
         samples = checked_samples(result.samples, options.n)
@@ -130,6 +132,7 @@ def stage(
     return {
         "tokens": done.counts["tokens_out"],
         "seconds": time.monotonic() - ready,
+        "cpu_seconds": time.process_time() - cpu,
         "start_seconds": ready - started,
     }
 
@@ -152,11 +155,12 @@ def bare(options: argparse.Namespace, folder: Path, chat: Any, prompts: list[Any
         for p in prompts
     ]
     llm.generate([TokensPrompt(prompt_token_ids=[5 + k] * 8) for k in range(2)], params[:2], use_tqdm=False)
-    ready = time.monotonic()
+    ready, cpu = time.monotonic(), time.process_time()
     outputs = llm.generate(asked, params, use_tqdm=False)
     return {
         "tokens": sum(len(o.token_ids) for output in outputs for o in output.outputs),
         "seconds": time.monotonic() - ready,
+        "cpu_seconds": time.process_time() - cpu,
         "start_seconds": ready - started,
     }
 

@@ -2,11 +2,16 @@
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
 from clha.store import Home
+
+# A shell that starts the tests in the background has SIGINT ignored, and every process below inherits that: the
+# tests that interrupt `clha` need it as a terminal has it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
