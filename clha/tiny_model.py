@@ -54,6 +54,6 @@ def write_tiny_model(folder: Path, seed: int = 0) -> None:
         model = LlamaForCausalLM(config)
         # It speaks in letters: a response of blanks alone would be an empty one, and judged by nobody.
         letters = tokenizer.convert_tokens_to_ids(list(string.ascii_letters))
-        model.get_input_embeddings().weight.data[letters] *= 4
+        model.model.embed_tokens.weight.data[letters] *= 4
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

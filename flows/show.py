@@ -138,7 +138,7 @@ def doctor(place: Path, config: Path, profile: str | None, *, as_json: bool) -> 
     lines = [
         f"python    {found['python']}",
         f"packages  {', '.join(f'{n} {v}' for n, v in found['packages'].items())}",
-        f"cpu       {found['cpus']} cores, {found['memory_gb']:.1f} GB memory",
+        f"cpu       {found['cpus']} cores, {found['memory_gb']:.1f} GB memory, {' '.join(found['instruction_sets'])}",
         *[f"device    {device}" for device in found["devices"]],
         f"uses      {found['uses']}",
         f"home      {home.root}, {free:.1f} GB free",

@@ -192,7 +192,13 @@ def test_too_little_free_disk_is_one_line(command: Clha, on_pairs: tuple[str, ..
 def test_doctor_says_what_there_is_and_what_is_amiss(command: Clha, on_pairs: tuple[str, ...]):
     done = command("doctor", *on_pairs[:4], "--json")
     body = json.loads(done.stdout)
-    assert body["packages"]["torch"] and body["cpus"] >= 1 and body["free_disk_gb"] > 0 and body["devices"]
+    assert (
+        isinstance(body["instruction_sets"], list)
+        and body["packages"]["torch"]
+        and body["cpus"] >= 1
+        and body["free_disk_gb"] > 0
+        and body["devices"]
+    )
     assert done.returncode == (1 if body["problems"] else 0)
     missing = command("doctor", "--config", "none.yaml")
     assert missing.returncode == 1 and "none.yaml: no such file" in missing.stdout
