@@ -18,7 +18,7 @@ from clha.progress import Event
 from clha.runs import Run, check_run_name, existing_run, load_run, run_lock, save_run
 from clha.sources.files import local_files, source_paths
 from clha.stages import chain, runner
-from clha.stages.work import LIFELINE_FD, PROGRESS_FD
+from clha.stages.child import LIFELINE_FD, PROGRESS_FD
 from clha.store import Artifact, Home
 
 REPORT = "report"  # listed among the nodes on the terminal, though it is no artifact

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,24 @@ def imported(file: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names.add(node.module.split(".")[0])
     return names
+
+
+def imported_modules(file: Path) -> set[str]:
+    """Full names of the modules that a file imports anywhere; of `from a import b` also `a.b` where that is one."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            submodules = {f"{node.module}.{alias.name}" for alias in node.names} & set(by_module())
+            names |= submodules or {node.module}
+    return names
+
+
+@cache
+def by_module() -> dict[str, Path]:
+    found = {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in files("clha", "flows")}
+    return {name.removesuffix(".__init__"): f for name, f in found.items()}
 
 
 def files(*folders: str) -> list[Path]:
@@ -42,6 +61,28 @@ def test_the_library_imports_neither_prefect_nor_the_flows(file: Path):
 @pytest.mark.parametrize("file", files("flows"), ids=lambda f: str(f.relative_to(ROOT)))
 def test_the_flows_import_no_model_code(file: Path):
     assert not imported(file) & (HEAVY - {"prefect"})
+
+
+@pytest.mark.parametrize("file", [f for f in files("clha") if f.parent.name != "stages"], ids=lambda f: f.stem)
+def test_only_stages_know_stages(file: Path):
+    assert not {name for name in imported_modules(file) if name.startswith("clha.stages")}
+
+
+def test_nothing_is_imported_in_a_circle():
+    graph = {m: {i for i in imported_modules(f) if i.startswith(("clha", "flows"))} for m, f in by_module().items()}
+    circles = []
+    for start in graph:
+        seen: set[str] = set()
+        ahead = list(graph[start])
+        while ahead:
+            name = ahead.pop()
+            if name == start:
+                circles.append(start)
+                break
+            if name not in seen:
+                seen.add(name)
+                ahead += graph.get(name, ())
+    assert circles == []
 
 
 @pytest.mark.parametrize("file", files("clha/training"), ids=lambda f: str(f.relative_to(ROOT)))

@@ -90,14 +90,14 @@ def test_an_exception_in_the_parent_ends_the_child(tmp_path: Path):
 
 def test_a_stage_process_ends_when_its_parent_is_killed(tmp_path: Path):
     child_code = (
-        "import os, time; from clha.stages.work import _die_with_parent as d, LIFELINE_FD as f;"
+        "import os, time; from clha.stages.child import _die_with_parent as d, LIFELINE_FD as f;"
         "d(int(os.environ[f])); print(os.getpid(), flush=True); time.sleep(300)"
     )
     parent_code = f"""
 import os, sys
 from pathlib import Path
 from clha.process import run_child
-from clha.stages.work import LIFELINE_FD, PROGRESS_FD
+from clha.stages.child import LIFELINE_FD, PROGRESS_FD
 run_child([sys.executable, "-c", {child_code!r}], environment=dict(os.environ), log=Path({str(tmp_path / "l")!r}),
           on_event=print, on_line=lambda x: print(x, flush=True), progress_fd=PROGRESS_FD, lifeline_fd=LIFELINE_FD)
 """

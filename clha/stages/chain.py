@@ -6,7 +6,6 @@ reads, the digests of its models, package versions, the schema version and the s
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 from clha.config import RewardFit, RewardModel, Settings
@@ -18,6 +17,7 @@ from clha.schema import SCHEMA_VERSION
 from clha.sources.files import source_digest, weights_file_digest
 from clha.stages import evaluate, fit_reward, generate, prepare, rescore, train
 from clha.store import Artifact, Home, kind_of
+from clha.versions import package_version
 
 STAGES = ("prepare", "fit_reward", "generate", "rescore", "train", "evaluate")
 
@@ -155,16 +155,6 @@ def select_nodes(settings: Settings, stages: Iterable[str] = STAGES) -> list[Nod
     if unknown:
         raise UserError(f"no stage `{unknown[0]}`; there are {', '.join(STAGES)}")
     return [n for n in nodes(settings) if n.stage in wanted]
-
-
-def package_version(name: str) -> str:
-    """The installed version of a package ("vllm" also under the name of its CPU build), or "absent"."""
-    for distribution in (name, f"{name}-cpu"):
-        try:
-            return version(distribution)
-        except PackageNotFoundError:
-            continue
-    return "absent"
 
 
 def plan_node(home: Home, run: Run, settings: Settings, node: Node, inputs: Mapping[str, Artifact]) -> Planned:

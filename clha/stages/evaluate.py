@@ -9,15 +9,9 @@ CODE_VERSION = {"answers": 1, "evaluate": 1}
 def build(work: Work) -> Artifact:
     """Build one node of this stage."""
     if kind_of(work.node) == "answers":
-        from clha.evaluation.answers import build_answers
+        from clha.stages.evaluate_answers import build_answers
 
         return build_answers(work)
-    from clha.evaluation.scoring import build_scores
+    from clha.stages.evaluate_scores import build_scores
 
     return build_scores(work)
-
-
-if __name__ == "__main__":
-    from clha.stages.work import child_main
-
-    child_main(build)

@@ -191,9 +191,3 @@ def _finite(pairs: list[Pair], features: NDArray[np.float64]) -> tuple[list[Pair
         if not (finite[p.chosen] and finite[p.rejected])
     ]
     return good, bad
-
-
-if __name__ == "__main__":
-    from clha.stages.work import child_main
-
-    child_main(build)

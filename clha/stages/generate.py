@@ -83,9 +83,3 @@ def build(work: "Work") -> "Artifact":
     )
     work.check_quarantine(len(prompts), settings.max_quarantined, "generate.max_quarantined")
     return work.finish(rows_in=len(prompts), rows_out=done.rows_out, seed=settings.seed, **done.manifest_fields())
-
-
-if __name__ == "__main__":
-    from clha.stages.work import child_main
-
-    child_main(build)

@@ -64,7 +64,8 @@ class Study:
             done = self.home.find(kind, key)
             if done:
                 return done
-            from clha.stages.work import installed_versions, peak_memory_bytes
+            from clha.stages.work import peak_memory_bytes
+            from clha.versions import installed_versions
 
             writer = ArtifactWriter(self.home, kind, key)
             facts = make(writer)

@@ -128,9 +128,3 @@ def _checked(work: "Work") -> dict[str, Any]:
         "pairs": {split: pairs[split] for split in SPLITS},
         "subsets": dict(sorted(subsets.items())),
     }
-
-
-if __name__ == "__main__":
-    from clha.stages.work import child_main
-
-    child_main(build)

@@ -175,9 +175,3 @@ def _threshold(work: Work) -> float:
     if threshold == "fitted":
         return load_head(work.inputs["fit_reward.train"].folder / "reward_model").threshold
     return float(threshold)
-
-
-if __name__ == "__main__":
-    from clha.stages.work import child_main
-
-    child_main(build)

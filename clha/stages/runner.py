@@ -13,7 +13,7 @@ from clha.process import run_child
 from clha.progress import Event
 from clha.runs import Run, save_run
 from clha.stages import chain
-from clha.stages.work import LIFELINE_FD, PROGRESS_FD
+from clha.stages.child import LIFELINE_FD, PROGRESS_FD
 from clha.store import Artifact, Home
 
 # on_event(node name, event): the events of clha.progress, and {"event": "node", "state": ...} from here.
@@ -104,7 +104,7 @@ def _build_once(home: Home, run: Run, settings: Settings, planned: chain.Planned
             listener(node.name, event)
 
     ended = run_child(
-        [sys.executable, "-m", f"clha.stages.{node.stage}"]
+        [sys.executable, "-m", "clha.stages.child"]
         + ["--home", str(home.root), "--run", run.name, "--node", node.name, "--key", key],
         environment=child_environment(settings),
         log=log,

@@ -152,9 +152,3 @@ def _device_name() -> str:
 def _median(rows: list[dict[str, float]], name: str) -> float | None:
     values = sorted(row[name] for row in rows if name in row)
     return values[len(values) // 2] if values else None
-
-
-if __name__ == "__main__":
-    from clha.stages.work import child_main
-
-    child_main(build)

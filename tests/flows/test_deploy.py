@@ -126,7 +126,7 @@ def test_cancelling_in_the_ui_ends_the_process_of_the_stage_and_frees_the_run(
     overrides = ["prepare.source=chat_jsonl", f"prepare.path={many}"]
     started = served.start("pipeline/smoke", run="cancelled", only="prepare", overrides=overrides)
     deadline = time.monotonic() + 240
-    while not any("clha.stages.prepare" in line for line in processes_of(served_home.root)):
+    while not any("clha.stages.child" in line and "prepare" in line for line in processes_of(served_home.root)):
         assert time.monotonic() < deadline
         time.sleep(0.2)
     served.call(f"/flow_runs/{started}/set_state", {"state": {"type": "CANCELLING"}})

@@ -93,7 +93,7 @@ class Started:
         deadline = time.monotonic() + 240
         while time.monotonic() < deadline:
             assert self.process.poll() is None, self.output.read_text()
-            if any("clha.stages.prepare" in line for line in processes_of(self.home.root)):
+            if any("clha.stages.child" in line and "prepare" in line for line in processes_of(self.home.root)):
                 time.sleep(0.5)
                 return
             time.sleep(0.1)

@@ -161,8 +161,8 @@ def test_a_constant_reward_model_is_an_error_that_says_so(home: Home, tiny_model
 def test_a_killed_scoring_takes_up_the_rewards_that_it_has(
     home: Home, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from clha.evaluation import scoring
     from clha.rewards.adapters import EncoderHead
+    from clha.stages import evaluate_scores as scoring
 
     monkeypatch.setattr(scoring, "_SHARD_ROWS", 4)
     calls: list[int] = []
@@ -210,7 +210,7 @@ def test_a_judge_that_is_the_training_reward_model_is_scored_once_and_named(home
 def test_the_judge_reads_the_turns_that_the_policy_read(
     home: Home, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from clha.evaluation import scoring
+    from clha.stages import evaluate_scores as scoring
 
     long = [
         {"role": "user", "content": "old"},

@@ -22,9 +22,8 @@ from clha.progress import Progress
 from clha.runs import Run, save_run
 from clha.schema import PROMPTS
 from clha.sources import merging
-from clha.stages import prepare
 from clha.stages.chain import nodes, plan_node
-from clha.stages.work import build_node
+from clha.stages.child import build_node
 from clha.store import Artifact, Home
 
 HALVES = ("prepare.splits={train: 0.5, dev: 0.1, test: 0.4, reward_train: 0, reward_eval: 0}",)
@@ -51,7 +50,7 @@ def build(
 ) -> Artifact:
     key = planned(home, source, path, *overrides, fit=fit)
     events = Progress((lambda e: log.append(e.get("message", ""))) if log is not None else None)
-    return build_node(home, "r", "prepare", key, prepare.build, events)
+    return build_node(home, "r", "prepare", key, events)
 
 
 @pytest.fixture
@@ -255,7 +254,7 @@ def test_a_killed_prepare_goes_on_from_its_finished_shards(tmp_path: Path, home:
     whole = build(Home(tmp_path / "whole").create(), *source)
     key = planned(home, *source)
     command = ["--home", str(home.root), "--run", "r", "--node", "prepare", "--key", key]
-    child = subprocess.Popen([sys.executable, "-m", "clha.stages.prepare", *command])
+    child = subprocess.Popen([sys.executable, "-m", "clha.stages.child", *command])
     folder = home.work / "prepare" / key / "artifact"
     while len(list(folder.glob("prompts-*.parquet"))) < 5 and child.poll() is None:
         time.sleep(0.001)
@@ -288,7 +287,7 @@ def test_a_million_rows_need_less_than_four_gigabytes(tmp_path: Path, home: Home
             f.write(json.dumps(chat(first, chosen=text, rejected=text[::-1])) + "\n")
     key = planned(home, "chat_jsonl", tmp_path / "big.jsonl", *HALVES)
     command = ["--home", str(home.root), "--run", "r", "--node", "prepare", "--key", key]
-    subprocess.run([sys.executable, "-m", "clha.stages.prepare", *command], check=True)
+    subprocess.run([sys.executable, "-m", "clha.stages.child", *command], check=True)
     artifact = home.find("prepare", key)
     assert artifact is not None
     assert (artifact.manifest["rows_out"], artifact.manifest["merged_rows"]) == (900_000, 100_000)
