@@ -19,6 +19,7 @@ CASES = [
     pytest.param("rescore", "score", "artifact/rewards-*.parquet", id="score"),
     pytest.param("train", "train", "scratch/**/checkpoint-*", id="train"),
     pytest.param("evaluate", "answers.trained", "artifact/answers-*.parquet", id="answers", marks=pytest.mark.slow),
+    pytest.param("evaluate", "evaluate", "scratch/*.parquet", id="evaluate", marks=pytest.mark.slow),
 ]
 
 

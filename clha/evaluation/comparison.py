@@ -1,6 +1,6 @@
 """The figures that compare two policies' answers to the same prompts: what `metrics.json` holds."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,14 +55,16 @@ def compare(
     subsets: Sequence[str],
     references: Sequence[str | None],
     judge: dict[str, Any],
+    silent: Mapping[str, int],
     sampling: Sampling,
 ) -> dict[str, Any]:
     """All figures of an evaluation, as plain JSON values.
 
     `base`, `trained`: answers to the same P prompts, all of one `split`, in the same order. `subsets` [P];
     `references` [P]: the dataset's chosen response where the prompt has one. `judge`: what is known of the unseen
-    reward model (`kind`, ...), kept beside the agreement found here. Raises ValueError without prompts, or when the
-    lengths differ.
+    reward model (`kind`, ...), kept beside the agreement found here. `silent`: how many of
+    `prompts` asked are missing here because an answer of `base` or `trained` was empty. Raises ValueError without
+    prompts, or when the lengths differ.
     """
     prompts = len(base.rewards)
     if not prompts or {len(trained.rewards), len(subsets), len(references)} != {prompts}:
@@ -77,6 +79,7 @@ def compare(
     )
     out["repetition"] = {name: _repetition(side) for name, side in (("base", base), ("trained", trained))}
     out["overlap"] = _overlap(base, trained, references)
+    out["silent"] = dict(silent)
     out["subsets"] = {}
     for name in sorted(set(subsets)):
         rows = [i for i, s in enumerate(subsets) if s == name]

@@ -10,6 +10,9 @@ MIN_PROMPTS = 6
 # Above this rise of the share of repeated 4-grams a better reward is not taken for better answers.
 MUCH_REPETITION = 0.15
 
+# Above this rise of the share of empty answers, which nobody can judge, the judged ones do not speak for all.
+MUCH_SILENCE = 0.02
+
 OutcomeName = Literal["better", "worse", "not told apart"]
 
 
@@ -79,13 +82,23 @@ def verdict(metrics: Mapping[str, Any]) -> Verdict:
 
 
 def _caution(metrics: Mapping[str, Any]) -> str:
-    """What a reward cannot see and a reader would: text that has fallen apart (reward hacking)."""
+    """What a reward cannot see and a reader would: silence, and text that has fallen apart (reward hacking)."""
+    silent = metrics["silent"]
+    if silent["trained"] - silent["base"] > MUCH_SILENCE * silent["prompts"]:
+        return f"But {_silence(silent)} Silence is no answer: do not believe the gain."
     before, after = _repetition(metrics)
     if after - before < MUCH_REPETITION:
         return ""
     return (
         f"But it repeats itself far more: {after:.0%} of its 4-grams occurred before in the answer, {before:.0%} in "
         "the base's. Read the answers before you believe the gain."
+    )
+
+
+def _silence(silent: Mapping[str, int]) -> str:
+    return (
+        f"it gave an empty answer to {silent['trained']:,} of {_prompts(silent['prompts'])} (the base to "
+        f"{silent['base']:,}), which no reward model can judge: they are in no figure here."
     )
 
 
@@ -129,6 +142,9 @@ def doubts(metrics: Mapping[str, Any]) -> list[str]:
             f"At equal length the gain is {signed(adjusted['gain'], digits_for(*adjusted['interval']))}, and its "
             f"interval from {span(adjusted['interval'])} includes zero."
         )
+    silent = metrics["silent"]
+    if silent["trained"] > silent["base"] and not verdict(metrics).caution:
+        out.append(f"Of the trained policy: {_silence(silent)}")
     out += _style_doubts(metrics)
     out.append(
         "The interval covers the choice of prompts, not the randomness of training: another seed may give another gain."

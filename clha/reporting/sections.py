@@ -127,10 +127,14 @@ def _measures(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
         ("eos_rate", "Ended by itself"),
         ("stop_string_rate", "Ended at a stop string"),
         ("truncation_rate", "Cut at the token limit"),
-        ("empty_rate", "Empty"),
+        ("empty_rate", "Empty, yet judged"),
     ):
         if key in ("eos_rate", "truncation_rate") or finish["base"][key] or finish["trained"][key]:
             row(label, percent(finish["base"][key], 1), percent(finish["trained"][key], 1))
+    silent = metrics["silent"]
+    if silent["base"] or silent["trained"]:
+        note = f"of {silent['prompts']:,} prompts; no reward model can judge them, so they are in no other row"
+        row("Empty, not judged", f"{silent['base']:,}", f"{silent['trained']:,}", "", note)
     repetition, overlap = metrics["repetition"], metrics["overlap"]
     for key, label, note in (
         ("repetition_4", "Repetition", "4-grams that occurred before in the answer"),

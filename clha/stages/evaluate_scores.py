@@ -68,13 +68,13 @@ def build_scores(work: "Work") -> Artifact:
             row["truncated"] = row["truncated"] or truncated
             row["problem"] = row["problem"] or problem
 
-    kept, quarantined = _reconcile(ids, rows, answers)
+    kept, quarantined, silent = _reconcile(ids, rows, answers)
     work.writer.write_quarantine(0, quarantined)
     work.writer.write_shard("scores", 0, [r for pair in kept.values() for r in pair.values()], SCORES)
     work.check_quarantine(len(ids), work.settings.evaluate.max_quarantined, "evaluate.max_quarantined")
     if not kept:
         raise UserError(f"{work.node}: no prompt has two answers that can be scored; see {work.writer.folder}")
-    figures = _figures(work, kept, prompts, answers, seen=seen)
+    figures = _figures(work, kept, prompts, answers, seen=seen, silent=silent | {"prompts": len(ids)})
     work.writer.write_bytes("metrics.json", json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False).encode())
     work.progress.log(figures["verdict"]["sentence"])
     return work.finish(
@@ -150,13 +150,16 @@ def _check_varied(work: "Work", role: str, inputs: list[RewardInput], rewards: l
 
 def _reconcile(
     ids: list[str], rows: list[Row], answers: Mapping[str, Mapping[str, Row]]
-) -> tuple[dict[str, dict[str, Row]], list[Row]]:
-    """Prompts with two finite scores, {prompt_id: {policy: row}}, and the quarantine of the others."""
+) -> tuple[dict[str, dict[str, Row]], list[Row], dict[str, int]]:
+    """Prompts with two finite scores, {prompt_id: {policy: row}}, the quarantine of the others, and per policy how
+    many empty answers sent a prompt there.
+    """
     by_prompt: dict[str, dict[str, Row]] = {i: {} for i in ids}
     for row in rows:
         by_prompt[row["prompt_id"]][row["policy"]] = row
     kept: dict[str, dict[str, Row]] = {}
     quarantined = []
+    silent = dict.fromkeys(POLICIES, 0)
     for i, pair in by_prompt.items():
         missing = [p for p in POLICIES if p not in pair]
         empty = [p for p, r in pair.items() if not answers[p][i]["text"].strip() and not _finite(r)]
@@ -164,13 +167,15 @@ def _reconcile(
         if missing:
             quarantined.append({"prompt_id": i, "reason": "answer missing", "detail": f"no answer of {missing[0]}"})
         elif empty:
+            for p in empty:
+                silent[p] += 1
             quarantined.append({"prompt_id": i, "reason": "empty answer", "detail": f"of {' and '.join(empty)}"})
         elif unscored:
             detail = "; ".join(f"answer of {p}: {pair[p]['problem'] or 'NaN or infinite'}" for p in unscored)
             quarantined.append({"prompt_id": i, "reason": "reward not finite", "detail": detail})
         else:
             kept[i] = pair
-    return kept, quarantined
+    return kept, quarantined, silent
 
 
 def _finite(row: Row) -> bool:
@@ -182,7 +187,9 @@ def _figures(
     kept: Mapping[str, Mapping[str, Row]],
     prompts: Mapping[str, Row],
     answers: Mapping[str, Mapping[str, Row]],
+    *,
     seen: bool,
+    silent: Mapping[str, int],
 ) -> dict[str, Any]:
     settings = work.settings.evaluate
     sides = {
@@ -202,6 +209,7 @@ def _figures(
         subsets=[prompts[i]["subset"] or "" for i in kept],
         references=[(prompts[i]["chosen"] or [None])[0] for i in kept],
         judge={"kind": settings.reward.type, "unseen": not seen, "held_out_accuracy": _held_out(work)},
+        silent=silent,
         sampling=Sampling(settings.resamples, settings.seed, settings.tie),
     )
 

@@ -21,6 +21,7 @@ def compared(**changes: Any) -> dict[str, Any]:
         "subsets": ["u", "v", "u"],
         "references": ["a b c d", None, None],
         "judge": {"kind": "fitted", "unseen": True, "held_out_accuracy": None},
+        "silent": {"base": 0, "trained": 1, "prompts": 4},
         "sampling": Sampling(200, 0, 0.0),
     }
     return compare(base, trained, **(arguments | changes))

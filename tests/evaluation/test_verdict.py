@@ -25,6 +25,7 @@ def metrics(gain: float, low: float, high: float, prompts: int = 96, p: float = 
         "lengths": {"base": side, "trained": side, "gain": 0.0, "interval": [-1.0, 1.0]},
         "length_adjusted": {"gain": gain, "interval": [low, high], "per_token": 0.0},
         "finish": {"base": finish, "trained": finish},
+        "silent": {"base": 0, "trained": 0, "prompts": prompts},
         "repetition": {"base": {"repetition_4": 0.1}, "trained": {"repetition_4": 0.1}},
     } | changes
 
@@ -36,6 +37,16 @@ def test_better_needs_an_interval_above_zero() -> None:
         "The trained policy is better: its mean reward is 0.31 higher under a reward model that training never saw "
         "(95% interval +0.12 to +0.50, +0.15 standard deviations, p = 0.010, 96 prompts)."
     )
+
+
+def test_a_policy_that_falls_silent_is_not_believed() -> None:
+    # 3 of 100 prompts lost is above MUCH_SILENCE, 2 are not but are said; the base's own silence is not held against it
+    said = verdict(metrics(0.31, 0.12, 0.5, silent={"base": 0, "trained": 3, "prompts": 100}))
+    assert said.outcome == "better" and "empty answer to 3 of 100 prompts (the base to 0)" in said.caution
+    few = metrics(0.31, 0.12, 0.5, silent={"base": 0, "trained": 2, "prompts": 100})
+    assert verdict(few).caution == "" and any("empty answer to 2 of 100 prompts" in d for d in doubts(few))
+    same = metrics(0.31, 0.12, 0.5, silent={"base": 5, "trained": 5, "prompts": 100})
+    assert verdict(same).caution == "" and not any("empty answer" in d for d in doubts(same))
 
 
 def test_worse_needs_an_interval_below_zero() -> None:

@@ -136,6 +136,7 @@ def test_the_verdict_says_what_the_interval_allows(interval: list[float], said: 
     reward = {"base": 0.25, "trained": 0.5, "gain": 0.25, "interval": interval, "prompts": 96, "p_value": 0.01}
     same = {"repetition_4": 0.1}
     metrics = {"reward": reward, "judge": {"unseen": True}, "repetition": {"base": same, "trained": same}}
+    metrics["silent"] = {"base": 0, "trained": 0, "prompts": 96}
     figures, sentence = launch.outcome(metrics)
     assert "held-out reward 0.25 before, 0.50 after, gain +0.25" in figures
     assert said in sentence and "96 prompts" in sentence

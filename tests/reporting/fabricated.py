@@ -321,6 +321,7 @@ class _Maker:
             subsets=[r["subset"] for r in rows],
             references=[(r["chosen"] or [None])[0] for r in rows],
             judge={"kind": "fitted", "unseen": True, "held_out_accuracy": None},
+            silent={"base": 0, "trained": 0, "prompts": len(rows)},
             sampling=Sampling(2000, 0, 0.0),
         )
         scores = [

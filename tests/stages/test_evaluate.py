@@ -132,6 +132,9 @@ def test_an_answer_without_a_finite_reward_is_quarantined_with_both_of_its_promp
     built = evaluate.build(make_work(home, tiny_model, base, trained))
     assert built.manifest["quarantined"] == {"empty answer": 1}
     assert len(built.rows("scores")) == 14
+    figures = json.loads((built.folder / "metrics.json").read_text())
+    assert figures["silent"] == {"base": 0, "trained": 1, "prompts": 8}
+    assert "empty answer to 1 of 8 prompts" in figures["verdict"]["sentence"] + " ".join(figures["doubts"])
 
 
 def test_too_many_lost_prompts_are_an_error(home: Home, tiny_model: Path) -> None:
