@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,8 +33,15 @@ class Api:
             data=None if body is None else json.dumps(body).encode(),
             headers={"content-type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=30) as response:
-            return json.load(response)
+        for _ in range(20):
+            try:
+                with urllib.request.urlopen(request, timeout=30) as response:
+                    return json.load(response)
+            except urllib.error.HTTPError as error:
+                if error.code != 503:  # its database is locked for the moment: Prefect's own client asks again too
+                    raise
+            time.sleep(0.5)
+        raise AssertionError(f"{path}: busy for 10 seconds")
 
     def start(self, deployment: str, **parameters: Any) -> str:
         """Start a deployment now; returns the id of the flow run."""

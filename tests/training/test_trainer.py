@@ -347,7 +347,7 @@ def run_in_two_processes(tmp_path: Path, *arguments: str, expect: int = 0) -> su
     return done
 
 
-@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+@pytest.mark.parametrize("sharding", ["none", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_processes_take_the_same_steps_as_one(tmp_path: Path, sharding: str):
     """13 prompts, 8 a step: the second step has 5, dealt 2 and 3; token budgets differ between the processes."""
     settings = {"per_device_train_batch_size": 8, "num_train_epochs": 2, "max_steps": -1}
