@@ -228,13 +228,37 @@ class Rescore(Group):
     max_quarantined: Share = 0.1
 
 
-class Train(Group):
-    """CLHA training."""
+class Lora(Group):
+    """Train a low-rank adapter instead of all weights."""
 
+    rank: Positive = 16
+    alpha: Annotated[float, Field(gt=0)] = 32
+    dropout: Share = 0.0
+    # Names of the weight matrices that get an adapter; null: what peft takes for the architecture.
+    target_modules: list[str] | None = None
+    # The adapter is merged into the saved model, which vLLM then loads as any other; false saves the adapter alone.
+    merge: bool = True
+
+
+class Train(Group):
+    """Training on ranked responses, by CLHA or one of its baselines."""
+
+    loss: Literal["clha", "sft", "dpo", "dpo_smoothed", "dpo_robust", "rrhf", "pro"] = "clha"
     margin: Annotated[float, Field(ge=0)] = 3.0
     sft_weight: Annotated[float, Field(ge=0)] = 0.05
+    sft_by: Literal["sum", "mean"] = "sum"  # clha: summed (the paper's) or mean log-probability in the SFT part
+    beta: Annotated[float, Field(gt=0)] = 0.1  # dpo*: strength of the tie to the policy before training
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0  # dpo_smoothed, dpo_robust: share of flipped labels
+    # Denominators of the whole optimizer batch, or of each micro-batch as in the paper's code.
+    normalization: Literal["batch", "reference"] = "batch"
+    # reference: prompts of a micro-batch; must divide batch_prompts. null: all of them.
+    micro_batch_prompts: Positive | None = None
+    lora: Lora | None = None
     batch_prompts: Positive = 4
     tokens_per_micro_batch: Positive = execution(4096)
+    # Processes on this machine, one for each GPU, and whether they share the weights among them (FSDP).
+    processes: Positive = execution(1)
+    sharding: Literal["none", "full_shard"] = execution("none")
     epochs: Annotated[float, Field(gt=0)] = 1.0
     max_steps: Positive | None = None
     learning_rate: Annotated[float, Field(gt=0)] = 5e-6
@@ -248,8 +272,38 @@ class Train(Group):
     save_dtype: DType = "float32"
     logging_steps: Positive = 1
     eval_steps: Positive | None = None
+    # Keep the weights of the evaluation with the best accuracy on dev, not the last ones; needs eval_steps.
+    keep_best: bool = False
+    # End training after so many evaluations without a better one; needs keep_best. null: never.
+    patience: Positive | None = None
+    share_prompts: bool = execution(True)  # each prompt is computed once for all its responses
     checkpoint_steps: Positive = execution(25)
     logprob_tolerance: Annotated[float, Field(gt=0)] = 0.05
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Train":
+        if self.micro_batch_prompts and self.normalization != "reference":
+            raise ValueError("micro_batch_prompts needs normalization: reference; memory is tokens_per_micro_batch")
+        micro = self.micro_batch_prompts or 1
+        if self.batch_prompts % (micro * self.processes):
+            raise ValueError(
+                f"batch_prompts is {self.batch_prompts}: it must be a multiple of micro_batch_prompts x processes "
+                f"({micro} x {self.processes})"
+            )
+        if self.sharding != "none" and self.processes == 1:
+            raise ValueError(f"sharding {self.sharding} needs processes above 1")
+        if self.label_smoothing and self.loss not in ("dpo_smoothed", "dpo_robust"):
+            raise ValueError(f"label_smoothing needs loss dpo_smoothed or dpo_robust, it is {self.loss}")
+        if self.keep_best and self.eval_steps is None:
+            raise ValueError("keep_best needs eval_steps: the best weights are those of an evaluation")
+        if self.patience and not self.keep_best:
+            raise ValueError("patience needs keep_best (and eval_steps)")
+        return self
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares with the log-probabilities of the policy before training."""
+        return self.loss in ("dpo", "dpo_smoothed", "dpo_robust")
 
 
 class Evaluate(Group):

@@ -26,3 +26,14 @@ def says_disk_full(error: BaseException) -> bool:
     """Whether an error means that there is no room left; libraries say so in their own ways."""
     told = str(error).lower()
     return getattr(error, "errno", None) in _NO_ROOM or "disk is full" in told or "no space left" in told
+
+
+def as_failure(error: Exception) -> UserError | StageFailure:
+    """One line for any error; the traceback of one that nobody foresaw belongs in the log."""
+    if isinstance(error, UserError | StageFailure):
+        return error
+    if says_disk_full(error):
+        return StageFailure(DISK_FULL)
+    line = (str(error).strip().splitlines() or [""])[0]
+    passing = isinstance(error, ConnectionError | TimeoutError)
+    return (TransientFailure if passing else StageFailure)(f"{type(error).__name__}: {line}")

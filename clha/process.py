@@ -5,12 +5,20 @@ import os
 import selectors
 import signal
 import subprocess
+import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
-from clha.progress import Event
+from clha.progress import Event, Progress, pipe_progress
+
+# Environment variables that hold the numbers of a child's two pipes.
+PROGRESS_FD = "CLHA_PROGRESS_FD"
+LIFELINE_FD = "CLHA_LIFELINE_FD"
 
 _GRACE_SECONDS = 10.0
 
@@ -22,18 +30,19 @@ class Ended:
     returncode: int
     timed_out: bool
     last_line: str
+    stopped: bool = False  # it was well, and ended here because another was not
 
 
 def run_child(
     command: Sequence[str],
     *,
     environment: Mapping[str, str],
-    log: Path,
+    log: Path | None,
     on_event: Callable[[Event], None],
     on_line: Callable[[str], None] = lambda line: None,
     timeout_seconds: float | None = None,
-    progress_fd: str,
-    lifeline_fd: str,
+    progress_fd: str = PROGRESS_FD,
+    lifeline_fd: str = LIFELINE_FD,
 ) -> Ended:
     """Run `command` to its end; its output goes to the file `log` and to `on_line`, its events to `on_event`.
 
@@ -41,60 +50,140 @@ def run_child(
     `lifeline_fd` (it ends itself when that closes: this process died). Whatever happens here, a KeyboardInterrupt
     or a cancelled flow too, the child's whole group is ended (TERM, then KILL) before this returns or raises.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    events_in, events_out = os.pipe()
-    life_in, life_out = os.pipe()
+    return run_together(
+        [command],
+        environments=[environment],
+        log=log,
+        on_event=on_event,
+        on_line=on_line,
+        timeout_seconds=timeout_seconds,
+        progress_fd=progress_fd,
+        lifeline_fd=lifeline_fd,
+    )[0]
+
+
+def run_together(
+    commands: Sequence[Sequence[str]],
+    *,
+    environments: Sequence[Mapping[str, str]],
+    log: Path | None,
+    on_event: Callable[[Event], None],
+    on_line: Callable[[str], None] = lambda line: None,
+    timeout_seconds: float | None = None,
+    progress_fd: str = PROGRESS_FD,
+    lifeline_fd: str = LIFELINE_FD,
+) -> list[Ended]:
+    """Run several commands that need each other, as `run_child` does: one that ends badly ends all."""
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + timeout_seconds if timeout_seconds else None
+    children: list[_Child] = []
+    timed_out = failed = False
+    codes: list[int | None] = []
     try:
-        child = subprocess.Popen(
-            list(command),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env={**environment, progress_fd: str(events_out), lifeline_fd: str(life_in)},
-            pass_fds=(events_out, life_in),
-            start_new_session=True,
-        )
-    except BaseException:
-        for fd in (events_in, events_out, life_in, life_out):
-            os.close(fd)
-        raise
-    os.close(events_out)
-    os.close(life_in)
-    assert child.stdout is not None
-    last_line, timed_out = "", False
-    try:
-        with open(log, "ab") as log_file, selectors.DefaultSelector() as selector:
-            lines, events = _Lines(), _Lines()
-            selector.register(child.stdout, selectors.EVENT_READ, lines)
-            selector.register(events_in, selectors.EVENT_READ, events)
-            while selector.get_map():
+        for command, environment in zip(commands, environments, strict=True):
+            children.append(_Child(command, environment, progress_fd, lifeline_fd))
+        with open(log or os.devnull, "ab") as log_file, selectors.DefaultSelector() as selector:
+            for child in children:
+                selector.register(child.output, selectors.EVENT_READ, (child, child.lines))
+                selector.register(child.events_in, selectors.EVENT_READ, (child, child.events))
+            while selector.get_map() and not failed:
                 wait = None if deadline is None else max(0.0, deadline - time.monotonic())
                 ready = selector.select(wait)
                 if not ready and deadline is not None and time.monotonic() >= deadline:
                     timed_out = True
                     break
                 for key, _ in ready:
+                    child, buffer = key.data
                     data = os.read(key.fd, 1 << 16)
                     if not data:
                         selector.unregister(key.fileobj)
-                    if key.data is lines:
+                        child.open_pipes -= 1
+                    if buffer is child.lines:
                         log_file.write(data)
                         log_file.flush()
-                        for line in lines.feed(data):
-                            last_line = line or last_line
+                        for line in buffer.feed(data):
+                            child.last_line = line or child.last_line
                             on_line(line)
                     else:
-                        for line in events.feed(data):
+                        for line in buffer.feed(data):
                             on_event(json.loads(line))
-        if not timed_out:
-            child.wait()
+                    if not child.open_pipes:
+                        failed = child.process.wait() != 0 or failed
+        codes = [child.process.poll() for child in children]
     finally:
-        end_group(child)
-        child.stdout.close()
-        os.close(events_in)
-        os.close(life_out)
-    return Ended(child.returncode, timed_out, last_line)
+        for child in children:
+            child.end()
+    return [
+        Ended(child.process.returncode, timed_out, child.last_line, code is None and not timed_out)
+        for child, code in zip(children, codes, strict=True)
+    ]
+
+
+class _Child:
+    """A process that leads a group of its own, with its pipes."""
+
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str], progress_fd: str, lifeline_fd: str
+    ) -> None:
+        self.events_in, events_out = os.pipe()
+        life_in, self._life_out = os.pipe()
+        try:
+            self.process = subprocess.Popen(
+                list(command),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env={**environment, progress_fd: str(events_out), lifeline_fd: str(life_in)},
+                pass_fds=(events_out, life_in),
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(self.events_in)
+            os.close(self._life_out)
+            raise
+        finally:
+            os.close(events_out)
+            os.close(life_in)
+        assert self.process.stdout is not None
+        self.output = self.process.stdout
+        self.lines, self.events = _Lines(), _Lines()
+        self.open_pipes, self.last_line = 2, ""
+
+    def end(self) -> None:
+        end_group(self.process)
+        self.output.close()
+        os.close(self.events_in)
+        os.close(self._life_out)
+
+
+def child_main(work: Callable[[Progress], object]) -> NoReturn:
+    """The life of a process that `run_child` started: it works, says as one event what went wrong, and exits.
+
+    It ends with its parent, however that died.
+    """
+    if LIFELINE_FD in os.environ:
+        _die_with_parent(int(os.environ[LIFELINE_FD]))
+    progress = pipe_progress(int(os.environ[PROGRESS_FD])) if PROGRESS_FD in os.environ else Progress()
+    try:
+        work(progress)
+    except Exception as error:
+        known = progress.error(error)
+        if known is not error:
+            traceback.print_exc()
+        sys.stderr.write(f"{known}\n")
+        sys.exit(known.exit_code)
+    sys.exit(0)
+
+
+def _die_with_parent(fd: int) -> None:
+    """End this process group when the other end of the pipe `fd` closes."""
+
+    def watch() -> None:
+        os.read(fd, 1)
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def end_group(child: "subprocess.Popen[bytes]") -> None:

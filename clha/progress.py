@@ -9,14 +9,24 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from clha.errors import StageFailure, TransientFailure, UserError, as_failure
+
 Event = dict[str, Any]
+
+# The narrower kind first.
+_KINDS: dict[str, type[UserError] | type[StageFailure]] = {
+    "user": UserError,
+    "passing": TransientFailure,
+    "failure": StageFailure,
+}
 
 
 class Progress:
     """Sends events to `emit`; the base of all reporting, and silent without an `emit`.
 
     Events: {"event": "progress", "done", "total", "unit", "note"}, {"event": "log", "message"},
-    {"event": "metrics", "step", "values"}.
+    {"event": "metrics", "step", "values"}, {"event": "error", "kind": "user", "failure" or "passing", "message",
+    "foreseen"}.
     """
 
     def __init__(self, emit: Callable[[Event], None] | None = None, interval: float = 0.2) -> None:
@@ -40,6 +50,22 @@ class Progress:
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Report the metrics of one training step."""
         self._emit({"event": "metrics", "step": step, "values": values})
+
+    def forward(self, event: Event) -> None:
+        """Send an event of another process on, as it is."""
+        self._emit(event)
+
+    def error(self, error: Exception) -> UserError | StageFailure:
+        """Say what ended the work; returns the error as one of ours."""
+        known = as_failure(error)
+        kind = next(name for name, own in _KINDS.items() if isinstance(known, own))
+        self._emit({"event": "error", "kind": kind, "message": str(known), "foreseen": known is error})
+        return known
+
+
+def failure_of(event: Event, message: str) -> UserError | StageFailure:
+    """The error that an "error" event tells of, with another message."""
+    return _KINDS[event["kind"]](message)
 
 
 def pipe_progress(fd: int) -> Progress:

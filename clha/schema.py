@@ -61,6 +61,14 @@ WEIGHTS = pa.schema(
     ]
 )
 
+REFERENCE = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("candidate_id", pa.int32()),
+        ("logp", pa.float64()),  # of the whole response, under the policy before training
+    ]
+)
+
 ANSWERS = pa.schema(
     [
         ("prompt_id", pa.string()),

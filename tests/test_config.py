@@ -38,6 +38,8 @@ def test_hh_7b_is_the_papers_setting(root: Path):
     assert (s.train.margin, s.rescore.noise.gap, s.train.sft_weight) == (3.0, 3.0, 0.05)
     assert (s.train.learning_rate, s.train.epochs, s.train.lr_schedule) == (5e-6, 2.0, "constant")
     assert s.train.batch_prompts == 8 * 2 * 8  # 8 GPUs, 2 a device, 8 accumulation steps
+    assert (s.train.processes, s.train.sharding, s.train.bf16) == (8, "full_shard", True)
+    assert s.train.keep_best and s.prepare.limits.dev == 280  # checkpoints are chosen on 280 prompts
     assert s.generate.max_prompt_tokens + s.generate.max_tokens == 512
     assert s.rescore.reward.model != s.evaluate.reward.model
 
@@ -89,6 +91,15 @@ def test_paths_are_taken_from_where_they_are_written(file: Path, tmp_path: Path)
         ("generate.engine.args.model=x", "args.model is not yours"),
         ("rescore.reward.type=fitted", "model must be given for every type but `fitted`"),
         ("rescore.sft_threshold=fitted", "sft_threshold is fitted"),
+        ("train.loss=simpo", "`train.loss`: .*clha"),
+        ("train.keep_best=true", "`train`: keep_best needs eval_steps"),
+        ("train.patience=2", "`train`: patience needs keep_best"),
+        ("train.micro_batch_prompts=2", "micro_batch_prompts needs normalization: reference"),
+        ("train={normalization: reference, micro_batch_prompts: 3}", "batch_prompts is 4: it must be a multiple of"),
+        ("train.processes=3", r"batch_prompts is 4: .*\(1 x 3\)"),
+        ("train.sharding=full_shard", "sharding full_shard needs processes above 1"),
+        ("train.label_smoothing=0.1", "label_smoothing needs loss dpo_smoothed or dpo_robust, it is clha"),
+        ("train.lora.rnak=4", "unknown key `train.lora.rnak`; did you mean `rank`"),
         ("policy=null", "`policy`"),
         ("nokey", "must be KEY=VALUE"),
         ("a..b=1", "must be KEY=VALUE"),
@@ -130,7 +141,8 @@ def test_a_missing_file_says_how_to_name_another(tmp_path: Path):
 
 def test_execution_settings_stay_out_of_the_key(file: Path):
     _, a = load_settings(file)
-    _, b = load_settings(file, overrides=["train.tokens_per_micro_batch=1", "rescore.reward.tokens_per_batch=9"])
+    changed = ["train.tokens_per_micro_batch=1", "train.processes=2", "train.sharding=full_shard"]
+    _, b = load_settings(file, overrides=[*changed, "rescore.reward.tokens_per_batch=9"])
     assert a.train.key_settings() == b.train.key_settings()
     assert a.rescore.key_settings() == b.rescore.key_settings()
     _, c = load_settings(file, overrides=["train.margin=1"])

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from clha.process import Ended, run_child
+from clha.process import Ended, run_child, run_together
 
 
 def child(tmp_path: Path, code: str, **options) -> tuple[Ended, list, list]:
@@ -90,16 +90,15 @@ def test_an_exception_in_the_parent_ends_the_child(tmp_path: Path):
 
 def test_a_stage_process_ends_when_its_parent_is_killed(tmp_path: Path):
     child_code = (
-        "import os, time; from clha.stages.child import _die_with_parent as d, LIFELINE_FD as f;"
-        "d(int(os.environ[f])); print(os.getpid(), flush=True); time.sleep(300)"
+        "import os, time; from clha.process import child_main;"
+        "child_main(lambda progress: (print(os.getpid(), flush=True), time.sleep(300)))"
     )
     parent_code = f"""
 import os, sys
 from pathlib import Path
 from clha.process import run_child
-from clha.stages.child import LIFELINE_FD, PROGRESS_FD
 run_child([sys.executable, "-c", {child_code!r}], environment=dict(os.environ), log=Path({str(tmp_path / "l")!r}),
-          on_event=print, on_line=lambda x: print(x, flush=True), progress_fd=PROGRESS_FD, lifeline_fd=LIFELINE_FD)
+          on_event=print, on_line=lambda x: print(x, flush=True))
 """
     parent = subprocess.Popen([sys.executable, "-c", parent_code], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
@@ -107,6 +106,22 @@ run_child([sys.executable, "-c", {child_code!r}], environment=dict(os.environ), 
     parent.kill()
     parent.wait()
     assert wait_until_gone(pid)
+
+
+def test_of_children_that_need_each_other_one_that_dies_ends_all(tmp_path: Path):
+    die = "import os, signal, time; time.sleep(0.3); os.kill(os.getpid(), signal.SIGKILL)"
+    wait = "import os, time; print(os.getpid(), flush=True); time.sleep(300)"
+    lines: list[str] = []
+    one, two = run_together(
+        [[sys.executable, "-c", wait], [sys.executable, "-c", die]],
+        environments=[dict(os.environ)] * 2,
+        log=None,
+        on_event=print,
+        on_line=lines.append,
+    )
+    assert (one.returncode, one.stopped) == (-signal.SIGTERM, True)
+    assert (two.returncode, two.stopped) == (-signal.SIGKILL, False)
+    assert wait_until_gone(int(lines[0]))
 
 
 def test_a_command_that_does_not_exist_leaves_no_open_pipe(tmp_path: Path):

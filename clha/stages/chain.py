@@ -93,11 +93,17 @@ def nodes(settings: Settings) -> list[Node]:
             s.rescore.key_settings("reward", "max_quarantined"),
         )
     )
+    # What it computes depends on the policy and the candidates, not on how they are ranked or trained on.
+    reference: tuple[str, ...] = ("reference",) if s.train.needs_reference else ()
+    if reference:
+        chain.append(
+            Node("reference", "train", ("generate",), {"bf16": s.train.bf16}, policy, ("torch", "transformers"))
+        )
     chain.append(
         Node(
             "train",
             "train",
-            ("prepare", "generate", "score", "weigh"),
+            ("prepare", "generate", "score", "weigh", *reference),
             s.train.key_settings() | template,
             policy,
             ("torch", "transformers"),

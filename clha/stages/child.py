@@ -1,28 +1,20 @@
 """Builds one node in a process of its own: `python -m clha.stages.child --home H --run R --node N --key K`."""
 
 import argparse
-import json
-import os
-import signal
-import sys
-import threading
-import traceback
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
 from clha.config import settings_from
-from clha.errors import DISK_FULL, StageFailure, TransientFailure, UserError, says_disk_full
+from clha.errors import StageFailure
 from clha.models import resolve_model
-from clha.progress import Progress, pipe_progress
+from clha.process import child_main
+from clha.progress import Progress
 from clha.runs import existing_run
 from clha.stages.chain import nodes, plan_node
 from clha.stages.work import Work
 from clha.store import Artifact, ArtifactWriter, Home, kind_of
-
-PROGRESS_FD = "CLHA_PROGRESS_FD"
-LIFELINE_FD = "CLHA_LIFELINE_FD"
 
 
 def main() -> NoReturn:
@@ -31,19 +23,7 @@ def main() -> NoReturn:
     for name in ("--home", "--run", "--node", "--key"):
         parser.add_argument(name, required=True)
     args = parser.parse_args()
-    if LIFELINE_FD in os.environ:
-        _die_with_parent(int(os.environ[LIFELINE_FD]))
-    progress = pipe_progress(int(os.environ[PROGRESS_FD])) if PROGRESS_FD in os.environ else Progress()
-    try:
-        build_node(Home(Path(args.home)), args.run, args.node, args.key, progress)
-    except (UserError, StageFailure) as error:
-        _report(error)
-        sys.exit(error.exit_code)
-    except Exception as error:
-        traceback.print_exc()
-        _report(_as_failure(error))
-        sys.exit(1)
-    sys.exit(0)
+    child_main(lambda progress: build_node(Home(Path(args.home)), args.run, args.node, args.key, progress))
 
 
 def build_node(home: Home, run_name: str, node_name: str, key: str, progress: Progress) -> Artifact:
@@ -68,33 +48,6 @@ def build_node(home: Home, run_name: str, node_name: str, key: str, progress: Pr
         writer = ArtifactWriter(home, node.kind, key)
         build: Callable[[Work], Artifact] = import_module(f"clha.stages.{node.stage}").build
         return build(Work(home, run_name, node_name, settings, planned.parts, inputs, models, writer, progress))
-
-
-def _as_failure(error: Exception) -> StageFailure:
-    """One line for an error that nobody foresaw; the traceback is in the log."""
-    if says_disk_full(error):
-        return StageFailure(DISK_FULL)
-    line = (str(error).strip().splitlines() or [""])[0]
-    passing = isinstance(error, ConnectionError | TimeoutError)
-    return (TransientFailure if passing else StageFailure)(f"{type(error).__name__}: {line}")
-
-
-def _report(error: UserError | StageFailure) -> None:
-    kind = "user" if isinstance(error, UserError) else "passing" if isinstance(error, TransientFailure) else "failure"
-    print(str(error), file=sys.stderr)
-    if PROGRESS_FD in os.environ:
-        line = json.dumps({"event": "error", "kind": kind, "message": str(error)}) + "\n"
-        os.write(int(os.environ[PROGRESS_FD]), line.encode())
-
-
-def _die_with_parent(fd: int) -> None:
-    """End this process group when the other end of the pipe `fd` closes: the parent died, however it died."""
-
-    def watch() -> None:
-        os.read(fd, 1)
-        os.killpg(os.getpgrp(), signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":

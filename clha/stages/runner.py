@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from clha.config import Settings
-from clha.errors import StageFailure, TransientFailure, UserError
+from clha.errors import StageFailure, TransientFailure
 from clha.process import run_child
-from clha.progress import Event
+from clha.progress import Event, failure_of
 from clha.runs import Run, save_run
 from clha.stages import chain
-from clha.stages.child import LIFELINE_FD, PROGRESS_FD
 from clha.store import Artifact, Home
 
 # on_event(node name, event): the events of clha.progress, and {"event": "node", "state": ...} from here.
@@ -111,8 +110,6 @@ def _build_once(home: Home, run: Run, settings: Settings, planned: chain.Planned
         on_event=hear,
         on_line=lambda line: listener(node.name, {"event": "output", "line": line}),
         timeout_seconds=settings.execution.timeout_minutes * 60,
-        progress_fd=PROGRESS_FD,
-        lifeline_fd=LIFELINE_FD,
     )
     where = f"log: {log}"
     if ended.timed_out:
@@ -121,11 +118,10 @@ def _build_once(home: Home, run: Run, settings: Settings, planned: chain.Planned
             f"(execution.timeout_minutes); {where}"
         )
     if errors:
-        kinds: dict[str, type[Exception]] = {"user": UserError, "passing": TransientFailure, "failure": StageFailure}
         message = errors[-1]["message"]
         if not message.startswith(node.name):
             message = f"{node.name}: {message}"
-        raise kinds[errors[-1]["kind"]](message if errors[-1]["kind"] == "user" else f"{message} ({where})")
+        raise failure_of(errors[-1], message if errors[-1]["kind"] == "user" else f"{message} ({where})")
     if ended.returncode < 0:
         raise TransientFailure(f"{node.name}: its process was killed by signal {-ended.returncode}; {where}")
     if ended.returncode != 0:

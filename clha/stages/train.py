@@ -1,40 +1,85 @@
-"""Stage train: joined candidates, rewards and weights -> a trained model, its metrics and its model card."""
+"""Stage train: joined candidates, rewards and weights -> a trained model, its metrics and its model card.
 
+Losses of the DPO family compare with the policy before training: `reference` holds its log-probabilities.
+"""
+
+import json
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from clha.errors import StageFailure, TransientFailure, UserError
+from clha.process import Ended, run_together
+from clha.progress import Event, failure_of
+from clha.stages.train_process import RENDEZVOUS, Job, outcome_path, train_policy
 
 if TYPE_CHECKING:
     from clha.stages.work import Work
     from clha.store import Artifact
 
-CODE_VERSION = {"train": 1}
+CODE_VERSION = {"train": 1, "reference": 1}
 
 
 def build(work: "Work") -> "Artifact":
+    """Build `reference` or `train`."""
+    return reference(work) if work.node.rsplit("/", 1)[-1] == "reference" else train(work)
+
+
+def reference(work: "Work") -> "Artifact":
+    """The log-probability of every candidate under the policy; shards that are there already are kept."""
+    import numpy as np
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from clha.store import read_parquet
+    from clha.training import policy
+    from clha.training.batches import Layout
+    from clha.training.reference import reference_logps, reference_table, unranked_prompts
+
+    settings, writer = work.settings.train, work.writer
+    shards = work.inputs["generate"].shards("candidates")
+    total = sum(f["rows"] for f in work.inputs["generate"].manifest["files"] if f["name"].startswith("candidates-"))
+    model: Any = None
+    done = 0
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for index, path in enumerate(shards):
+        table = read_parquet(path)
+        if not writer.has_shard("reference", index):
+            if model is None:
+                model = AutoModelForCausalLM.from_pretrained(work.models["policy"], dtype=torch.float32)
+                model.to(device)
+                abilities = policy.attach(model, settings.share_prompts)
+                layout = Layout(abilities.shares_prompts, device)
+            prompts, numbers = unranked_prompts(table)
+            logps: list[Any] = []
+            for own in reference_logps(model, prompts, layout, settings.tokens_per_micro_batch, bf16=settings.bf16):
+                if not np.isfinite(own).all():
+                    raise StageFailure(
+                        f"{work.node}: the policy gives prompt {prompts[len(logps)].prompt_id} a log-probability that "
+                        "is not finite; look at its weights, or compute in float32 (train.bf16: false)"
+                    )
+                logps.append(own)
+                work.progress.update(done + sum(map(len, logps)), total, "candidates")
+            writer.write_shard("reference", index, reference_table(prompts, numbers, logps))
+        done += len(table)
+        work.progress.update(done, total, "candidates")
+    return work.finish(rows_in=total, rows_out=done, seed=None, device=str(device))
+
+
+def train(work: "Work") -> "Artifact":
     """Train the policy on split train (split dev is evaluated on) and write `model/`, `metrics` and events.
 
     Goes on from the last complete checkpoint in the scratch folder. Raises UserError where there is nothing to train
     on or the candidates are another policy's, StageFailure for NaN and infinite losses.
     """
-    import torch
-    import transformers
-    from transformers import AutoModelForCausalLM
-
-    from clha.chat import load_chat
-    from clha.errors import UserError
-    from clha.training.callbacks import ReportProgress
     from clha.training.checkpoints import last_checkpoint
-    from clha.training.export import metrics_table, save_model, write_events
-    from clha.training.memory import keep_freed_memory
-    from clha.training.metrics import metric_rows
-    from clha.training.model_card import model_card
-    from clha.training.preferences import Preferences, join_preferences
-    from clha.training.trainer import ClhaTrainer
+    from clha.training.preferences import join_preferences
 
-    transformers.utils.logging.set_verbosity_warning()
-    keep_freed_memory()
-    settings, scratch, say = work.settings.train, work.writer.scratch, work.progress.log
+    settings, scratch = work.settings.train, work.writer.scratch
     tables = {"candidates": "generate", "rewards": "score", "weights": "weigh", "prompts": "prepare"}
+    if settings.needs_reference:
+        tables["reference"] = "reference"
     joined = scratch / "preferences"
     counts = join_preferences(
         joined,
@@ -42,113 +87,81 @@ def build(work: "Work") -> "Artifact":
     )
     if not counts["train"]:
         raise UserError("train: no prompt of split train has weights; look at the quarantine of prepare and generate")
-    train_set, dev_set = Preferences(joined, "train"), Preferences(joined, "dev")
-    tokenizer = load_chat(work.models["policy"], work.settings.policy.chat_template).tokenizer
-    model = AutoModelForCausalLM.from_pretrained(work.models["policy"], dtype=torch.float32)
-    checkpoints = scratch / "checkpoints"
-    resume = last_checkpoint(checkpoints, say)
-    trainer = ClhaTrainer(
-        model,
-        _arguments(work, checkpoints, evaluates=bool(settings.eval_steps and len(dev_set)), resumes=resume is not None),
-        train_dataset=train_set,
-        eval_dataset=dev_set,
-        processing_class=tokenizer,
-        callbacks=[ReportProgress(work.progress)],
+    # Sharded checkpoints are of another form.
+    checkpoints = scratch / ("checkpoints" if settings.sharding == "none" else "checkpoints-sharded")
+    resume = last_checkpoint(checkpoints, work.progress.log)
+    job = Job(
+        run=work.run,
+        settings=work.settings.model_dump(mode="json"),
+        policy=str(work.models["policy"]),
+        joined=str(joined),
+        counts=counts,
+        checkpoints=str(checkpoints),
+        resume=str(resume) if resume else None,
+        folder=str(work.writer.folder),
     )
-    trainer.remove_callback(transformers.PrinterCallback)
-    for note in trainer.notes:
-        say(note)
-    told = len(trainer.notes)
-    say(f"training on {len(train_set)} prompts" + (f" from {resume.name}" if resume else ""))
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    for note in trainer.notes[told:]:
-        say(note)
-    rows = metric_rows(trainer.state.log_history)
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    card = model_card(
-        name=f"{work.settings.policy.model.rpartition('/')[2]}, trained by run {work.run}",
-        base_model=work.settings.policy.model.rpartition("/")[2],
-        loss=trainer.args.loss,
-        data=_data_facts(work, counts),
-        settings=settings.model_dump(mode="json"),
-        rows=rows,
-        versions=versions,
-    )
-    save_model(model, tokenizer, work.writer.folder / "model", dtype=settings.save_dtype, card=card)
-    write_events(rows, work.writer.folder / "tensorboard")
-    work.writer.write_shard("metrics", 0, metrics_table(rows))
+    facts = train_policy(job, work.progress) if settings.processes == 1 else _in_processes(work, job)
     total = sum(counts.values())
-    return work.finish(
-        rows_in=total,
-        rows_out=total,
-        seed=settings.seed,
-        device=_device_name(),
-        notes=trainer.notes,
-        steps=trainer.state.global_step,
-        tokens=trainer.state.num_input_tokens_seen,
-        tokens_per_second=_median(rows, "perf/tokens_per_second"),
-    )
+    return work.finish(rows_in=total, rows_out=total, seed=settings.seed, **facts)
 
 
-def _arguments(work: "Work", checkpoints: Path, *, evaluates: bool, resumes: bool) -> Any:
+def _in_processes(work: "Work", job: Job) -> dict[str, Any]:
+    """`train_policy` in several processes; one that ends badly ends all, and the error says which and why."""
     import torch
 
-    from clha.training.arguments import ClhaConfig
+    count, gpus = work.settings.train.processes, torch.cuda.device_count()
+    if gpus and count > gpus:
+        raise UserError(f"train.processes is {count}, but this machine has {gpus} GPUs; set it to {gpus} or less")
+    path, rendezvous = work.writer.scratch / "job.json", work.writer.scratch / "rendezvous"
+    rendezvous.unlink(missing_ok=True)
+    outcome_path(path).unlink(missing_ok=True)
+    job.write(path)
+    errors: list[Event] = []
 
-    s = work.settings.train
-    return ClhaConfig(
-        output_dir=str(checkpoints),
-        margin=s.margin,
-        sft_weight=s.sft_weight,
-        tokens_per_micro_batch=s.tokens_per_micro_batch,
-        logprob_tolerance=s.logprob_tolerance,
-        per_device_train_batch_size=s.batch_prompts,
-        num_train_epochs=s.epochs,
-        max_steps=s.max_steps or -1,
-        learning_rate=s.learning_rate,
-        lr_scheduler_type=s.lr_schedule,
-        warmup_steps=s.warmup_steps,
-        weight_decay=s.weight_decay,
-        max_grad_norm=s.max_grad_norm,
-        seed=s.seed,
-        bf16=s.bf16,
-        gradient_checkpointing=s.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        logging_steps=s.logging_steps,
-        logging_first_step=True,
-        eval_strategy="steps" if evaluates else "no",
-        eval_steps=s.eval_steps if evaluates else None,
-        eval_on_start=evaluates and not resumes,
-        save_strategy="steps",
-        save_steps=s.checkpoint_steps,
-        save_total_limit=2,
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        use_cpu=not torch.cuda.is_available(),
+    def hear(event: Event) -> None:
+        if event["event"] == "error":
+            errors.append(event)
+        else:
+            work.progress.forward(event)
+
+    ended = run_together(
+        [[sys.executable, "-m", "clha.stages.train_process", str(path)]] * count,
+        environments=[_environment(rank, count, rendezvous) for rank in range(count)],
+        log=None,
+        on_event=hear,
+        on_line=lambda line: print(line, flush=True),  # noqa: T201 (the stage's log)
     )
+    if any(process.returncode for process in ended):
+        raise _failure(work.node, ended, errors)
+    facts: dict[str, Any] = json.loads(outcome_path(path).read_text(encoding="utf-8"))
+    return facts
 
 
-def _data_facts(work: "Work", counts: dict[str, int]) -> dict[str, Any]:
-    prepare, generate = work.settings.prepare, work.settings.generate
-    paths = prepare.path if isinstance(prepare.path, list) else [prepare.path]
+def _environment(rank: int, count: int, rendezvous: Path) -> dict[str, str]:
+    threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
     return {
-        "source": f"{prepare.source}: {', '.join(p.rpartition('/')[2] for p in paths)}",
-        "prompts trained on": counts["train"],
-        "prompts held out (dev)": counts["dev"],
-        "responses per prompt": f"{generate.n} sampled at temperature {generate.temperature:g}"
-        + (f", and the dataset's {' and '.join(generate.include)}" if generate.include else ""),
-        "rewards": f"{work.settings.rescore.reward.type} reward model, ranked by {work.settings.rescore.rank_by}",
-        "noise rule": f"{work.settings.rescore.noise.method}",
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "OMP_NUM_THREADS": str(max(1, threads // count)),
+        RENDEZVOUS: str(rendezvous),
     }
 
 
-def _device_name() -> str:
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
-
-
-def _median(rows: list[dict[str, float]], name: str) -> float | None:
-    values = sorted(row[name] for row in rows if name in row)
-    return values[len(values) // 2] if values else None
+def _failure(node: str, ended: list[Ended], errors: list[Event]) -> UserError | StageFailure:
+    """Whose end it was that ended all: a signal comes before an error, our own errors before those that follow."""
+    for rank, process in enumerate(ended):
+        if process.returncode < 0 and not process.stopped:
+            return TransientFailure(
+                f"{node}: process {rank + 1} of {len(ended)} was killed by signal {-process.returncode}, "
+                "the others were ended; training goes on from the last checkpoint when it is run again"
+            )
+    if errors:
+        event = next((e for e in errors if e["foreseen"]), errors[0])
+        return failure_of(event, event["message"])
+    rank, process = next((i, p) for i, p in enumerate(ended) if p.returncode and not p.stopped)
+    return StageFailure(
+        f"{node}: process {rank + 1} of {len(ended)} ended with {process.returncode}: {process.last_line}"
+    )

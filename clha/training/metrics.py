@@ -1,5 +1,8 @@
 """What is measured while training, as sums that add up over micro-batches and processes."""
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -93,6 +96,35 @@ class Sums:
             out["loss/contrastive"] = self["contrastive"] / max(steps, 1)
             out["loss/sft"] = self["sft"] / max(steps, 1)
         return out
+
+
+class Pace:
+    """The sums of the steps since the last log, and the time that the steps themselves took."""
+
+    def __init__(self) -> None:
+        self.sums, self.steps, self._since = Sums(), 0, 0.0
+
+    def step(self) -> None:
+        """A step begins."""
+        self._since = self._since or time.perf_counter()
+        self.steps += 1
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done in here is no part of a step."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since += (time.perf_counter() - began) if self._since else 0.0
+
+    def metrics(self, peak_flops: float) -> dict[str, float]:
+        """The metrics, and how fast it went; `peak_flops`: operations per second that the devices could do."""
+        seconds = time.perf_counter() - self._since
+        return self.sums.metrics(self.steps) | {
+            "perf/tokens_per_second": self.sums["tokens"] / seconds,
+            "perf/mfu": self.sums["flops"] / seconds / peak_flops,
+        }
 
 
 def metric_rows(log_history: list[dict[str, Any]]) -> list[dict[str, float]]:

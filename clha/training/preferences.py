@@ -31,6 +31,7 @@ _INDEX = pa.schema(
         ("pair_weights", pa.list_(pa.float32())),
         ("sft_index", pa.int32()),
         ("sft_lambda", pa.float32()),
+        ("reference", pa.list_(pa.float64())),  # null where there is none
     ]
 )
 
@@ -42,9 +43,10 @@ def join_preferences(
     rewards: Sequence[Path],
     weights: Sequence[Path],
     prompts: Sequence[Path],
+    reference: Sequence[Path] = (),
     splits: Sequence[str] = ("train", "dev"),
 ) -> dict[str, int]:
-    """Join the Parquet shards of the four tables into `folder`, one index for each split.
+    """Join the Parquet shards of the tables into `folder`, one index for each split.
 
     Does nothing where an earlier call finished. Returns the number of prompts of each split.
 
@@ -62,7 +64,8 @@ def join_preferences(
     keys = _keys(pc.index_in(ids, value_set=known).to_numpy().astype(np.int64), numbers, width)
     del ids, numbers
     row_of = _Lookup(keys, "candidates")
-    reward_of = _rewards_by_row(rewards, known, width, row_of)
+    reward_of = _values_by_row(rewards, "reward", "rewards", known, width, row_of)
+    logp_of = _values_by_row(reference, "logp", "reference", known, width, row_of) if reference else None
     split_of = _splits_by_code(prompts, known)
     counts = dict.fromkeys(splits, 0)
     writers = {split: pa.OSFile(str(folder / f".{split}.arrow"), "wb") for split in splits}
@@ -79,7 +82,7 @@ def join_preferences(
             counts[split] += len(part)
             if len(part):
                 own = code[split_of[code] == split]
-                files[split].write_batch(_index_batch(part, own, width, row_of, reward_of, prompt_rows))
+                files[split].write_batch(_index_batch(part, own, width, row_of, reward_of, logp_of, prompt_rows))
     for split in splits:
         files[split].close()
         writers[split].close()
@@ -97,7 +100,6 @@ class Preferences:
         self._index = _Mapped(folder / f"{split}.arrow")
         self._prompts = _Mapped(folder / "prompt_tokens.arrow")
         self._responses = _Mapped(folder / "responses.arrow")
-        self.reference: np.ndarray | None = None  # [prompts, n] summed log-probabilities under a frozen reference
 
     def __len__(self) -> int:
         return len(self._index)
@@ -113,6 +115,7 @@ class Preferences:
         rows = index.list_at("rows", i)
         n = len(rows)
         logps = [self._responses.list_at("logps", int(r)) for r in rows]
+        reference = index.list_at("reference", i)
         return RankedPrompt(
             prompt_id=index.value_at("prompt_id", i),
             prompt=self._prompts.list_at("tokens", index.value_at("prompt_row", i)),
@@ -122,7 +125,7 @@ class Preferences:
             sft_index=index.value_at("sft_index", i),
             sft_lambda=index.value_at("sft_lambda", i),
             generator_logps=[values if len(values) else None for values in logps],
-            reference_logps=None if self.reference is None else self.reference[i, :n],
+            reference_logps=reference if len(reference) else None,
         )
 
 
@@ -217,13 +220,16 @@ def _copy_tokens(folder: Path, shards: Sequence[Path]) -> tuple[pa.ChunkedArray,
     return pa.chunked_array(ids), np.concatenate(numbers), np.concatenate(prompt_rows)
 
 
-def _rewards_by_row(shards: Sequence[Path], known: pa.Array, width: int, row_of: _Lookup) -> np.ndarray:
-    rewards = np.full(row_of.size, np.nan)
-    for batch in _batches(shards, ["prompt_id", "candidate_id", "reward"]):
+def _values_by_row(
+    shards: Sequence[Path], column: str, table: str, known: pa.Array, width: int, row_of: _Lookup
+) -> np.ndarray:
+    """A column of a table with a row per candidate, by the candidate's row; NaN where the table has none."""
+    values = np.full(row_of.size, np.nan)
+    for batch in _batches(shards, ["prompt_id", "candidate_id", column]):
         codes = pc.fill_null(pc.index_in(batch["prompt_id"], value_set=known), -1).to_numpy().astype(np.int64)
         keys = _keys(codes, batch["candidate_id"].to_numpy().astype(np.int64), width)
-        rewards[row_of.rows(keys, "rewards")] = batch["reward"].to_numpy()
-    return rewards
+        values[row_of.rows(keys, table)] = batch[column].to_numpy()
+    return values
 
 
 def _splits_by_code(shards: Sequence[Path], known: pa.Array) -> np.ndarray:
@@ -241,6 +247,7 @@ def _index_batch(
     width: int,
     row_of: _Lookup,
     reward_of: np.ndarray,
+    logp_of: np.ndarray | None,
     prompt_rows: np.ndarray,
 ) -> pa.RecordBatch:
     sizes = pc.list_value_length(weights["order"]).to_numpy().astype(np.int64)
@@ -254,6 +261,8 @@ def _index_batch(
         raise StageFailure("weights: pair_weights do not fit order; rebuild from rescore")
     if np.isnan(rewards).any():
         raise StageFailure("weights name a candidate that has no reward; rebuild from rescore")
+    if logp_of is not None and np.isnan(logp_of[rows]).any():
+        raise StageFailure("weights name a candidate that has no reference log-probability; rebuild from train")
     return pa.record_batch(
         [
             weights["prompt_id"],
@@ -263,6 +272,9 @@ def _index_batch(
             pa.ListArray.from_arrays(pa.array(squares), pair_weights),
             weights["sft_index"],
             weights["sft_lambda"],
+            pa.nulls(len(weights), pa.list_(pa.float64()))
+            if logp_of is None
+            else pa.ListArray.from_arrays(pa.array(offsets), pa.array(logp_of[rows])),
         ],
         schema=_INDEX,
     )

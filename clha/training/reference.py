@@ -1,66 +1,112 @@
 """Summed log-probabilities under the policy as it was before training: what DPO compares with, computed once."""
 
-from collections.abc import Callable
-from pathlib import Path
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
+from clha.schema import REFERENCE
 from clha.training import policy
-from clha.training.batches import Layout
+from clha.training.batches import Layout, RankedPrompt
 from clha.training.logprobs import sum_by_response
 
-REFERENCE = pa.schema([("prompt_id", pa.string()), ("logps", pa.list_(pa.float64()))])
 _PROMPTS_AT_ONCE = 64
 
 
 @torch.no_grad()
 def reference_logps(
-    model: Any, prompts: Any, layout: Layout, budget: int, said: Callable[[int, int], None] = lambda done, total: None
-) -> pa.Table:
-    """One row per prompt, with the summed log-probability of each response in rank order, in nats.
+    model: Any, prompts: Iterable[RankedPrompt], layout: Layout, budget: int, *, bf16: bool = False
+) -> Iterator[np.ndarray]:
+    """The summed log-probability of each response, in nats: [n] float64 for each prompt, in order.
 
     Args:
         model: attached (`policy.attach`), not trained yet.
-        prompts: items are `RankedPrompt`.
+        prompts: what to compute; read as it is needed.
         layout, budget: how to lay them out, tokens per micro-batch.
-        said: told (done, total) now and then.
+        bf16: compute in bfloat16, as training does with `bf16`.
     """
-    was_training = model.training
+    was_training, layout = model.training, replace(layout, device=next(model.parameters()).device)
     model.eval()
-    ids: list[str] = []
-    sums: list[list[float]] = []
-    for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
-        part = [prompts[i] for i in range(start, min(start + _PROMPTS_AT_ONCE, len(prompts)))]
-        found: dict[str, list[float]] = {}
-        for batch in layout.micro_batches(part, budget):
-            logps = policy.response_logps(model, batch)
-            rows = sum_by_response(logps.double(), batch.target_cell, *batch.candidate_mask.shape).tolist()
-            found |= dict(zip(batch.prompt_ids, rows, strict=True))
-        for prompt in part:
-            ids.append(prompt.prompt_id)
-            sums.append(found[prompt.prompt_id][: len(prompt)])
-        said(len(ids), len(prompts))
-    model.train(was_training)
-    return pa.table([ids, sums], schema=REFERENCE)
+    try:
+        for part in _parts(prompts):
+            found: dict[int, list[float]] = {}
+            numbered = [replace(prompt, prompt_id=str(i)) for i, prompt in enumerate(part)]
+            for batch in layout.micro_batches(numbered, budget):
+                with torch.autocast(layout.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():
+                    logps = policy.response_logps(model, batch)
+                rows = sum_by_response(logps.double(), batch.target_cell, *batch.candidate_mask.shape).tolist()
+                found |= dict(zip(map(int, batch.prompt_ids), rows, strict=True))
+            for i, prompt in enumerate(part):
+                yield np.array(found[i][: len(prompt)])
+    finally:
+        model.train(was_training)
 
 
-def read_reference(path: Path, prompts: Any) -> np.ndarray:
-    """[prompts, n] for `Preferences.reference`, NaN where a prompt has fewer responses; joined by prompt id.
+def _parts(prompts: Iterable[RankedPrompt]) -> Iterator[list[RankedPrompt]]:
+    part: list[RankedPrompt] = []
+    for prompt in prompts:
+        part.append(prompt)
+        if len(part) == _PROMPTS_AT_ONCE:
+            yield part
+            part = []
+    if part:
+        yield part
 
-    Raises:
-        ValueError: a prompt has no row, or another number of responses.
-    """
-    table = pq.read_table(path)
-    rows = dict(zip(table["prompt_id"].to_pylist(), table["logps"].to_pylist(), strict=True))
-    out = np.full((len(prompts), prompts.max_candidates), np.nan)
-    for i in range(len(prompts)):
-        prompt = prompts[i]
-        logps = rows.get(prompt.prompt_id)
-        if logps is None or len(logps) != len(prompt):
-            raise ValueError(f"{path}: does not fit prompt {prompt.prompt_id}; delete it, it is computed again")
-        out[i, : len(logps)] = logps
-    return out
+
+def unranked_prompts(candidates: pa.Table) -> tuple[list[RankedPrompt], list[list[int]]]:
+    """Rows of `candidates` as prompts with their responses, in the order of the table, and the candidate ids."""
+    columns = ("prompt_id", "candidate_id", "prompt_token_ids", "response_token_ids")
+    prompts, numbers = [], []
+    for _, group in groupby(candidates.select(columns).to_pylist(), key=lambda row: row["prompt_id"]):
+        rows = list(group)
+        n = len(rows)
+        prompts.append(
+            RankedPrompt(
+                prompt_id=rows[0]["prompt_id"],
+                prompt=np.array(rows[0]["prompt_token_ids"], dtype=np.int32),
+                responses=[np.array(row["response_token_ids"], dtype=np.int32) for row in rows],
+                rewards=np.zeros(n),
+                pair_weights=np.zeros((n, n), dtype=np.float32),
+                sft_index=0,
+                sft_lambda=0.0,
+            )
+        )
+        numbers.append([row["candidate_id"] for row in rows])
+    return prompts, numbers
+
+
+def reference_table(prompts: Sequence[RankedPrompt], numbers: Sequence[Sequence[int]], logps: Any) -> pa.Table:
+    """One row for each candidate: prompt_id, candidate_id, logp."""
+    rows = [
+        {"prompt_id": prompt.prompt_id, "candidate_id": number, "logp": float(logp)}
+        for prompt, own, sums in zip(prompts, numbers, logps, strict=True)
+        for number, logp in zip(own, sums, strict=True)
+    ]
+    return pa.Table.from_pylist(rows, schema=REFERENCE)
+
+
+class WithReference:
+    """A dataset of `RankedPrompt` whose items carry the reference's log-probabilities."""
+
+    def __init__(self, dataset: Any, model: Any, layout: Layout, budget: int, bf16: bool) -> None:
+        self._dataset, self.max_candidates = dataset, dataset.max_candidates
+        prompts = (dataset[i] for i in range(len(dataset)))
+        self._logps = list(reference_logps(model, prompts, layout, budget, bf16=bf16))
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, i: int) -> RankedPrompt:
+        return replace(self._dataset[i], reference_logps=self._logps[i])
+
+
+def with_reference(dataset: Any, model: Any, layout: Layout, budget: int, bf16: bool) -> Any:
+    """`dataset`, with log-probabilities of `model` as it is now where it has none of a reference."""
+    if dataset is None or len(dataset) == 0 or dataset[0].reference_logps is not None:
+        return dataset
+    return WithReference(dataset, model, layout, budget, bf16)

@@ -1,7 +1,6 @@
 """A transformers Trainer that trains on ranked responses: it prepares batches and calls pure losses."""
 
 import contextlib
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,9 @@ from clha.training.datasets import as_ranked_prompts
 from clha.training.flops import peak_flops, training_flops
 from clha.training.loader import PromptSampler, prompt_loader
 from clha.training.logprobs import sum_by_response
-from clha.training.metrics import Sums
-from clha.training.objectives import Denominators, count, objective
+from clha.training.metrics import Pace, Sums
+from clha.training.objectives import REFERENCE_LOSSES, Denominators, count, objective
+from clha.training.reference import with_reference
 
 
 class ClhaTrainer(Trainer):
@@ -68,23 +68,25 @@ class ClhaTrainer(Trainer):
         self.notes = [self.abilities.reason] if self.abilities.reason else []  # lines that a person should read
         sets = [d for d in (self.train_dataset, self.eval_dataset) if d is not None]
         self._candidates = max((d.max_candidates for d in sets), default=2)
-        self._pad_token_id = getattr(processing_class, "pad_token_id", None) or 0
-        self._sums, self._steps, self._since = Sums(), 0, 0.0  # since the last log
+        pad_token_id = getattr(processing_class, "pad_token_id", None) or 0
+        self._layout = Layout(self.abilities.shares_prompts, args.device, pad_token_id)
+        if args.loss in REFERENCE_LOSSES:
+            given = (model, self._layout, args.tokens_per_micro_batch, args.bf16)
+            self.train_dataset = with_reference(self.train_dataset, *given)
+            self.eval_dataset = with_reference(self.eval_dataset, *given)
+        self._pace, self._checked = Pace(), False
         self._peak: float | None = None
 
     def get_train_dataloader(self) -> Any:
-        args = self.args
         if self.train_dataset is None or len(self.train_dataset) == 0:
             raise ValueError("training needs a train_dataset with at least one prompt")
-        seed, batch = args.seed if args.data_seed is None else args.data_seed, args.per_device_train_batch_size
-        sampler = PromptSampler(len(self.train_dataset), batch, seed, args.process_index, args.world_size)
-        return prompt_loader(self.train_dataset, sampler, args.dataloader_num_workers)
+        return prompt_loader(self.train_dataset, PromptSampler.of(self.args, len(self.train_dataset)), self.args)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The prompts of one optimizer step, and its denominators over all of them and all processes."""
-        self._since = self._since or time.perf_counter()
-        self._steps += 1
+        self._pace.step()
         samples = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        self._parts = float(self._summed(torch.tensor([float(sum(map(bool, samples)))])))
         counted = count([prompt for batch in samples for prompt in batch], self._candidates)
         return samples, Denominators.from_tensor(self._summed(counted.tensor()))
 
@@ -100,11 +102,10 @@ class ClhaTrainer(Trainer):
         All processes get equally many, so that all take part in every collective: who has less to do repeats
         something at weight 0.
         """
-        layout = Layout(self.abilities.shares_prompts, self.args.device, self._pad_token_id)
-        batches = [(batch, 1.0) for batch in layout.micro_batches(prompts, self.args.tokens_per_micro_batch)]
+        batches = [(batch, 1.0) for batch in self._layout.micro_batches(prompts, self.args.tokens_per_micro_batch)]
         if self.args.world_size > 1:
             most = int(self.accelerator.gather(torch.tensor([len(batches)], device=self.args.device)).max())
-            idle = layout.batch((prompts or [self.train_dataset[0]])[:1])
+            idle = self._layout.batch((prompts or [self.train_dataset[0]])[:1])
             batches = [(idle, 0.0)] * (most - len(batches)) + batches
         return batches
 
@@ -112,10 +113,10 @@ class ClhaTrainer(Trainer):
         """Forward and backward over `inputs`, a list of prompts. Returns the loss as it enters the log."""
         over, scale = num_items_in_batch, float(self.args.world_size)  # data parallelism averages gradients
         if self.args.normalization == "reference":
-            over, scale = count(inputs, self._candidates), 1.0 / self.current_gradient_accumulation_steps
+            over, scale = count(inputs, self._candidates), scale / self._parts  # the mean over all that are not empty
         self._prompt_ids = [prompt.prompt_id for prompt in inputs]
         batches = self._micro_batches(inputs)
-        if self.state.global_step == 0:
+        if self.state.global_step == 0 and not self._checked:
             self._check_generator(model, batches[0][0])
         model.train()
         total = torch.zeros((), device=self.args.device)
@@ -126,8 +127,8 @@ class ClhaTrainer(Trainer):
                 self._check_finite(loss, "the loss")
                 self.accelerator.backward(loss)
             if weight:
-                self._sums.add_batch(sums, batch, parts)
-                self._sums.add(flops=training_flops(policy.causal_model(self.model), batch))
+                self._pace.sums.add_batch(sums, batch, parts)
+                self._pace.sums.add(flops=training_flops(policy.causal_model(self.model), batch))
             total += loss.detach()
         return total
 
@@ -140,10 +141,11 @@ class ClhaTrainer(Trainer):
 
     @torch.no_grad()
     def _check_generator(self, model: Any, batch: MicroBatch) -> None:
-        if batch.generator_logps is not None:
+        self._checked, known = True, batch.generator_logps
+        if known is not None or self.args.world_size > 1:  # where weights are sharded, all processes take part
             model.eval()
-            logps = policy.response_logps(model, batch)
-            known = batch.generator_logps.cpu()
+            logps = policy.response_logps(model, batch).cpu()
+            known = torch.full_like(logps, torch.nan) if known is None else known.cpu()
             self.notes.append(checks.check_generator_logps(logps, known, self.args.logprob_tolerance))
 
     def _check_finite(self, value: Tensor, what: str) -> None:
@@ -159,18 +161,18 @@ class ClhaTrainer(Trainer):
     def evaluation_loop(self, dataloader: Any, description: str, *_: Any, **kwargs: Any) -> EvalLoopOutput:
         """Loss and metrics over a whole dataset; its prompts are dealt to the processes."""
         prefix, dataset, args = kwargs.get("metric_key_prefix", "eval"), dataloader.dataset, self.args
-        model, was_training, began = self.model_wrapped, self.model_wrapped.training, time.perf_counter()
+        model, was_training = self.model_wrapped, self.model_wrapped.training
         model.eval()
         sums, over = Sums(), count((dataset[i] for i in range(len(dataset))), self._candidates)
         step = args.per_device_eval_batch_size * args.world_size
-        for start in range(0, len(dataset), step):
-            mine = range(start, min(start + step, len(dataset)))[args.process_index :: args.world_size]
-            for batch, weight in self._micro_batches([dataset[i] for i in mine]):
-                parts, logps = self._objective(model, batch, over)
-                if weight:
-                    sums.add_batch(logps, batch, parts)
+        with self._pace.paused():
+            for start in range(0, len(dataset), step):
+                mine = range(start, min(start + step, len(dataset)))[args.process_index :: args.world_size]
+                for batch, weight in self._micro_batches([dataset[i] for i in mine]):
+                    parts, logps = self._objective(model, batch, over)
+                    if weight:
+                        sums.add_batch(logps, batch, parts)
         model.train(was_training)
-        self._since += (time.perf_counter() - began) if self._since else 0.0
         sums.values = self._summed(sums.values)
         metrics = {f"{prefix}_{name}": value for name, value in ({"loss": sums["total"]} | sums.metrics(1)).items()}
         return EvalLoopOutput(np.empty(0), None, metrics, len(dataset))
@@ -178,23 +180,18 @@ class ClhaTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics of the steps since the last log to a training log."""
         if "loss" in logs and "learning_rate" in logs:
-            self._sums.values = self._summed(self._sums.values)
-            self.state.num_input_tokens_seen += int(self._sums["tokens"])
-            seconds = time.perf_counter() - self._since
+            self._pace.sums.values = self._summed(self._pace.sums.values)
+            self.state.num_input_tokens_seen += int(self._pace.sums["tokens"])
             if self._peak is None:
                 dtype = torch.bfloat16 if self.args.bf16 else torch.float32
                 self._peak = peak_flops(self.args.device, dtype) * self.args.world_size
-            logs |= self._sums.metrics(self._steps)
-            logs["num_tokens"] = self.state.num_input_tokens_seen
-            logs["perf/tokens_per_second"] = self._sums["tokens"] / seconds
-            logs["perf/mfu"] = self._sums["flops"] / seconds / self._peak
-            self._sums, self._steps, self._since = Sums(), 0, 0.0
+            logs |= self._pace.metrics(self._peak) | {"num_tokens": self.state.num_input_tokens_seen}
+            self._pace = Pace()
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        start = time.perf_counter()
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            mark_complete(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
-        self._since += (time.perf_counter() - start) if self._since else 0.0
+        with self._pace.paused():
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                mark_complete(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")

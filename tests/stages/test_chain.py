@@ -79,6 +79,8 @@ def test_nothing_is_built_twice(home: Home, root: Path, data: Path, built: Run):
         ("fit_reward.eval.l2=0.5", {"fit_reward.eval", "evaluate"}),
         ("prepare.split_seed=5", set(ALL)),
         ("train.tokens_per_micro_batch=17", set()),
+        ("train.processes=2", set()),
+        ("train={processes: 2, sharding: full_shard}", set()),
         ("execution.timeout_minutes=5", set()),
         ("train.checkpoint_steps=3", set()),
         ("schedule.cron=1 1 * * *", set()),
@@ -88,6 +90,45 @@ def test_a_change_touches_exactly_what_depends_on_it(
     home: Home, root: Path, data: Path, built: Run, override: str, touched: set[str]
 ):
     assert not_fresh(home, built, settings(root, data, override)) == touched
+
+
+def test_losses_of_the_dpo_family_have_a_reference_and_no_others(root: Path, data: Path):
+    for loss in ("clha", "sft", "rrhf", "pro"):
+        assert [n.name for n in chain.nodes(settings(root, data, f"train.loss={loss}"))] == ALL
+    for loss in ("dpo", "dpo_smoothed", "dpo_robust"):
+        nodes = {n.name: n for n in chain.nodes(settings(root, data, f"train.loss={loss}"))}
+        assert list(nodes) == [*ALL[:6], "reference", *ALL[6:]]
+        assert nodes["reference"].inputs == ("generate",) and "reference" in nodes["train"].inputs
+        assert nodes["reference"].stage == "train" and nodes["reference"].kind == "reference"
+
+
+@pytest.mark.parametrize(
+    ("override", "touched"),
+    [
+        ("train.beta=0.5", {"train", "answers.trained", "evaluate"}),
+        ("train.learning_rate=0.5", {"train", "answers.trained", "evaluate"}),
+        ("train.loss=dpo_robust", {"train", "answers.trained", "evaluate"}),
+        ("rescore.noise.quantile=0.4", {"weigh", "train", "answers.trained", "evaluate"}),
+        ("train.share_prompts=false", set()),
+        ("train.bf16=true", {"reference", "train", "answers.trained", "evaluate"}),
+        (
+            "generate.temperature=0.5",
+            {"generate", "score", "weigh", "reference", "train", "answers.trained", "evaluate"},
+        ),
+    ],
+)
+def test_the_reference_is_computed_again_only_for_other_candidates_or_another_policy(
+    home: Home, root: Path, data: Path, override: str, touched: set[str]
+):
+    run = Run("r", "smoke", {})
+    build_all(home, run, settings(root, data, "train.loss=dpo"))
+    assert not_fresh(home, run, settings(root, data, "train.loss=dpo", override)) == touched
+
+
+def test_going_back_from_dpo_finds_what_was_built_before(home: Home, root: Path, data: Path, built: Run):
+    build_all(home, built, settings(root, data, "train.loss=dpo"))
+    assert "reference" in built.nodes
+    assert not_fresh(home, built, settings(root, data)) == set()
 
 
 def test_the_place_of_the_data_does_not_matter_its_bytes_do(home: Home, root: Path, data: Path, built: Run):

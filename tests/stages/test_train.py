@@ -1,21 +1,26 @@
 """train: the joined tables of a small chain become a model that answers, with its metrics and card."""
 
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from reward_cases import node_work, prompt_row, settings, write_artifact, write_candidates, write_prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from clha.errors import StageFailure, UserError
-from clha.schema import REWARDS, WEIGHTS
+from clha.errors import StageFailure, TransientFailure, UserError
+from clha.schema import CANDIDATES, REFERENCE, REWARDS, WEIGHTS
 from clha.stages import train
 from clha.stages.work import Work
-from clha.store import Artifact, Home
+from clha.store import Artifact, ArtifactWriter, Home
+from clha.training.checkpoints import is_complete
 
 PROMPTS = 10
 
@@ -55,8 +60,11 @@ def tables(home: Home, tokenizer: Any, dev: int = 2) -> dict[str, Artifact]:
 
 
 def work(home: Home, model: Path, inputs: dict[str, Artifact], events: list | None = None, **changes: Any) -> Work:
-    given = {"batch_prompts": 2, "learning_rate": 1e-3, "margin": 0.3} | changes
-    return node_work(home, settings(train=given), "train", inputs, {"policy": model}, events)
+    given = settings(train={"batch_prompts": 2, "learning_rate": 1e-3, "margin": 0.3} | changes)
+    if given.train.needs_reference and "reference" not in inputs:
+        made = node_work(home, given, "reference", {"generate": inputs["generate"]}, {"policy": model})
+        inputs = {**inputs, "reference": train.build(made)}
+    return node_work(home, given, "train", inputs, {"policy": model}, events)
 
 
 def test_the_result_is_a_plain_hugging_face_folder_with_metrics_events_and_a_card(home: Home, tiny_model: Path):
@@ -88,6 +96,103 @@ def test_training_moves_the_better_responses_up(home: Home, tiny_model: Path):
     assert rows[-1]["rewards/margins"] > rows[1]["rewards/margins"]
     evaluated = [row["eval_rewards/margins"] for row in rows if row["eval_rewards/margins"] is not None]
     assert len(evaluated) == 4 and evaluated[-1] > evaluated[0]
+
+
+@pytest.mark.parametrize("loss", ["clha", "sft", "dpo", "dpo_smoothed", "dpo_robust", "rrhf", "pro"])
+def test_every_loss_is_one_setting_away(home: Home, tiny_model: Path, loss: str):
+    inputs = tables(home, AutoTokenizer.from_pretrained(tiny_model))
+    artifact = train.build(work(home, tiny_model, inputs, loss=loss))
+    assert AutoModelForCausalLM.from_pretrained(artifact.folder / "model") is not None
+    rows = artifact.rows("metrics")
+    assert len(rows) == 4 and all(np.isfinite(row["loss"]) for row in rows)
+    assert f"- {loss}\n" in (artifact.folder / "model" / "README.md").read_text()
+    if loss.startswith("dpo"):
+        # Before the first step policy and reference are one: -log sigmoid(0) = log 2, smoothed and robust too
+        # (with e = 0, as it is by default).
+        assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+
+
+def test_the_sft_part_by_mean_is_smaller_than_by_sum(home: Home, tiny_model: Path):
+    """The first step, from the same weights: -S / T < -S for responses of several tokens."""
+    inputs = tables(home, AutoTokenizer.from_pretrained(tiny_model))
+    parts = [
+        train.build(work(home, tiny_model, inputs, sft_by=by)).rows("metrics")[0]["loss/sft"] for by in ("sum", "mean")
+    ]
+    assert 0 < parts[1] < parts[0]
+
+
+def base_and_trained(tiny_model: Path, trained: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.arange(5, 17)[None]
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    with torch.no_grad():
+        return base.eval()(input_ids=ids).logits, trained.eval()(input_ids=ids).logits
+
+
+def test_an_adapter_is_merged_into_a_model_that_loads_as_any_other(home: Home, tiny_model: Path):
+    inputs = tables(home, AutoTokenizer.from_pretrained(tiny_model))
+    lora = {"rank": 4, "target_modules": ["q_proj", "down_proj"]}
+    made = work(home, tiny_model, inputs, lora=lora, learning_rate=1e-2)
+    model = train.build(made).folder / "model"
+    assert not list(model.glob("adapter*"))
+    before, after = base_and_trained(tiny_model, AutoModelForCausalLM.from_pretrained(model))
+    assert not torch.allclose(before, after, atol=1e-3)
+    old, new = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (tiny_model, model))
+    assert old.keys() == new.keys()
+    changed = {name.split(".")[-2] for name in old if not torch.equal(old[name], new[name])}
+    assert changed == {"q_proj", "down_proj"}
+
+
+def test_an_adapter_that_is_not_merged_is_saved_alone(home: Home, tiny_model: Path):
+    from peft import PeftModel
+
+    inputs = tables(home, AutoTokenizer.from_pretrained(tiny_model))
+    made = work(home, tiny_model, inputs, lora={"rank": 4, "merge": False}, learning_rate=1e-2)
+    model = train.build(made).folder / "model"
+    assert (model / "adapter_config.json").is_file() and not (model / "model.safetensors").exists()
+    assert str(home.root) not in (model / "adapter_config.json").read_text()
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    before, after = base_and_trained(tiny_model, PeftModel.from_pretrained(base, model))
+    assert not torch.allclose(before, after, atol=1e-3)
+
+
+def test_an_adapter_for_matrices_that_the_model_does_not_have_is_one_line(home: Home, tiny_model: Path):
+    inputs = tables(home, AutoTokenizer.from_pretrained(tiny_model))
+    with pytest.raises(
+        UserError, match="train.lora.target_modules: .*query_key_value.*the model has .*q_proj"
+    ) as caught:
+        train.build(work(home, tiny_model, inputs, lora={"target_modules": ["query_key_value"]}))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_weights_that_were_best_on_dev_are_kept(home: Home, tiny_model: Path):
+    """The first of the best evaluations is not the last of all; a run that ends with it has the same weights."""
+    inputs = tables(home, AutoTokenizer.from_pretrained(tiny_model), dev=4)
+    changes = {"eval_steps": 1, "keep_best": True, "learning_rate": 0.03, "epochs": 6.0, "loss": "sft"}
+    artifact = train.build(work(home, tiny_model, inputs, **changes))
+    rows = [row for row in artifact.rows("metrics") if row["step"] > 0]
+    best = max(rows, key=lambda row: (row["eval_rewards/accuracies"], -row["step"]))
+    assert f"kept the weights of checkpoint-{int(best['step'])}" in artifact.manifest["notes"]
+    assert best["step"] < rows[-1]["step"], "the case shows nothing"
+    short = train.build(
+        work(Home(home.root / "short").create(), tiny_model, inputs, **changes, max_steps=int(best["step"]))
+    )
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(a.folder / "model") for a in (artifact, short))
+    for name, value in ours.state_dict().items():
+        assert torch.equal(value, theirs.state_dict()[name]), name
+
+
+def test_training_ends_early_when_dev_gets_no_better(home: Home, tiny_model: Path):
+    inputs = tables(home, AutoTokenizer.from_pretrained(tiny_model))
+    changes = {"eval_steps": 1, "keep_best": True, "patience": 2, "epochs": 5.0, "learning_rate": 1e-9}
+    artifact = train.build(work(home, tiny_model, inputs, **changes))
+    # The first evaluation is the best; two more are no better.
+    assert [row["step"] for row in artifact.rows("metrics")] == [0, 1, 2, 3]
+
+
+def test_the_best_weights_need_prompts_of_dev(home: Home, tiny_model: Path):
+    inputs = tables(home, AutoTokenizer.from_pretrained(tiny_model), dev=0)
+    with pytest.raises(UserError, match="keep_best needs prompts of split dev"):
+        train.build(work(home, tiny_model, inputs, eval_steps=1, keep_best=True))
 
 
 def test_without_a_prompt_to_train_on_it_says_so(home: Home, tiny_model: Path):
@@ -143,3 +248,158 @@ def test_a_second_attempt_goes_on_from_the_checkpoint_and_ends_with_the_same_wei
     steps = pq.read_table(again.folder / "metrics-00000.parquet")["step"].to_pylist()
     assert steps == [1, 2, 3, 4]
     assert json.loads((again.folder / "manifest.json").read_text())["steps"] == 4
+
+
+# -- reference ---------------------------------------------------------------------------------------------------
+
+
+def reference_work(home: Home, model: Path, inputs: dict[str, Artifact], **changes: Any) -> Work:
+    given = settings(train={"loss": "dpo", **changes})
+    return node_work(home, given, "reference", {"generate": inputs["generate"]}, {"policy": model})
+
+
+def test_the_reference_is_the_policys_own_log_probability_of_every_candidate(home: Home, tiny_model: Path):
+    inputs = tables(home, AutoTokenizer.from_pretrained(tiny_model))
+    artifact = train.build(reference_work(home, tiny_model, inputs))
+    assert (artifact.manifest["rows_in"], artifact.manifest["rows_out"]) == (3 * PROMPTS, 3 * PROMPTS)
+    rows = {(r["prompt_id"], r["candidate_id"]): r["logp"] for r in artifact.rows("reference")}
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    for candidate in inputs["generate"].rows("candidates"):
+        prompt, response = candidate["prompt_token_ids"], candidate["response_token_ids"]
+        with torch.no_grad():
+            logps = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+        own = sum(float(logps[len(prompt) - 1 + i, token]) for i, token in enumerate(response))
+        assert rows[candidate["prompt_id"], candidate["candidate_id"]] == pytest.approx(own, abs=1e-4)
+
+
+def test_finished_shards_of_the_reference_are_kept(home: Home, tiny_model: Path):
+    inputs = tables(home, AutoTokenizer.from_pretrained(tiny_model))
+    rows = inputs["generate"].rows("candidates")
+    writer = ArtifactWriter(home, "generate", "two0shards")
+    for index, part in enumerate((rows[:12], rows[12:])):
+        writer.write_shard("candidates", index, part, CANDIDATES)
+    inputs["generate"] = writer.finish(rows_in=30, rows_out=30, facts={})
+    whole = train.build(reference_work(Home(home.root / "other").create(), tiny_model, inputs))
+    again = reference_work(home, tiny_model, inputs)
+    marked = whole.read("reference").slice(0, 12).set_column(2, "logp", pa.array([-1.5] * 12))
+    again.writer.write_shard("reference", 0, marked)
+    made = train.build(again).rows("reference")
+    assert [row["logp"] for row in made[:12]] == [-1.5] * 12
+    assert made[12:] == whole.rows("reference")[12:]
+
+
+def test_a_reference_that_lacks_a_candidate_is_a_failure(home: Home, tiny_model: Path):
+    inputs = tables(home, AutoTokenizer.from_pretrained(tiny_model))
+    whole = train.build(reference_work(home, tiny_model, inputs)).rows("reference")
+    inputs["reference"] = write_artifact(home, "reference", {"reference": (whole[:-1], REFERENCE)})
+    with pytest.raises(StageFailure, match="no reference log-probability"):
+        train.build(work(home, tiny_model, inputs, loss="dpo"))
+
+
+def test_a_policy_that_gives_nan_is_a_failure_that_names_the_prompt(home: Home, tiny_model: Path, tmp_path: Path):
+    inputs = tables(home, AutoTokenizer.from_pretrained(tiny_model))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.norm.weight[:] = torch.nan
+    model.save_pretrained(tmp_path / "nan")
+    first = inputs["generate"].rows("candidates")[0]["prompt_id"]
+    with pytest.raises(StageFailure, match=f"reference: the policy gives prompt {first} a log-probability"):
+        train.build(reference_work(home, tmp_path / "nan", inputs))
+
+
+# -- several processes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sharding", ["none", "full_shard"])
+def test_two_processes_end_with_the_weights_of_one(home: Home, tiny_model: Path, tmp_path: Path, sharding: str):
+    """Eight prompts, four a step, over two epochs."""
+    inputs = tables(home, AutoTokenizer.from_pretrained(tiny_model))
+    changes = {"batch_prompts": 4, "epochs": 2.0, "eval_steps": 2, "checkpoint_steps": 3, "tokens_per_micro_batch": 60}
+    events: list[dict[str, Any]] = []
+    two = train.build(work(home, tiny_model, inputs, events, **changes, processes=2, sharding=sharding))
+    one = train.build(work(Home(tmp_path / "one").create(), tiny_model, inputs, **changes))
+    assert two.manifest["key"] == one.manifest["key"]
+    ours, theirs = (
+        torch.cat([v.flatten() for v in AutoModelForCausalLM.from_pretrained(a.folder / "model").state_dict().values()])
+        for a in (two, one)
+    )
+    assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
+    for mine, other in zip(two.rows("metrics"), one.rows("metrics"), strict=True):
+        for name in ("step", "loss", "grad_norm", "rewards/margins", "num_tokens", "eval_loss"):
+            assert (mine[name] is None) == (other[name] is None), name
+            assert other[name] is None or mine[name] == pytest.approx(other[name], rel=1e-4), name
+    steps = [e["step"] for e in events if e["event"] == "metrics" and "loss" in e["values"]]
+    assert steps == [1, 2, 3, 4], "one process alone reports"
+    assert two.manifest["device"].startswith("2 x cpu")
+
+
+def test_the_reference_normalisation_is_the_same_in_two_processes(home: Home, tiny_model: Path, tmp_path: Path):
+    """Seven prompts, four a step, two a micro-batch: the last step has micro-batches of two prompts and of one."""
+    inputs = tables(home, AutoTokenizer.from_pretrained(tiny_model), dev=3)
+    changes = {"batch_prompts": 4, "normalization": "reference", "micro_batch_prompts": 2, "learning_rate": 1e-2}
+    two = train.build(work(home, tiny_model, inputs, **changes, processes=2))
+    one = train.build(work(Home(tmp_path / "one").create(), tiny_model, inputs, **changes))
+    for name, value in AutoModelForCausalLM.from_pretrained(one.folder / "model").state_dict().items():
+        mine = AutoModelForCausalLM.from_pretrained(two.folder / "model").state_dict()[name]
+        torch.testing.assert_close(mine, value, atol=1e-5, rtol=1e-4)
+
+
+def ranks() -> list[psutil.Process]:
+    mine = psutil.Process().children(recursive=True)
+    return [p for p in mine if "clha.stages.train_process" in " ".join(p.cmdline())]
+
+
+@pytest.mark.parametrize("sharding", ["none", "full_shard"])
+def test_a_killed_process_ends_all_with_one_line_and_a_second_attempt_goes_on(
+    home: Home, tiny_model: Path, tmp_path: Path, sharding: str
+):
+    inputs = tables(home, AutoTokenizer.from_pretrained(tiny_model))
+    changes = {"epochs": 5.0, "checkpoint_steps": 2, "processes": 2, "sharding": sharding}
+    scratch = work(home, tiny_model, inputs, **changes).writer.scratch
+    killed: list[int] = []
+
+    def kill() -> None:
+        while not any(is_complete(p) for p in scratch.glob("checkpoints*/checkpoint-*")):
+            time.sleep(0.01)
+        found = [p for p in ranks() if p.environ()["RANK"] == "1"]
+        killed.extend(p.pid for p in ranks())
+        found[0].kill()
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    with pytest.raises(TransientFailure, match="train: process 2 of 2 was killed by signal 9, the others") as caught:
+        train.build(work(home, tiny_model, inputs, **changes))
+    assert "\n" not in str(caught.value)
+    assert len(killed) == 2 and not any(psutil.pid_exists(pid) for pid in killed) and not ranks()
+    events: list[dict[str, Any]] = []
+    again = train.build(work(home, tiny_model, inputs, events, **changes))
+    assert any("prompts from checkpoint-" in e.get("message", "") for e in events)
+    whole = train.build(work(Home(tmp_path / "whole").create(), tiny_model, inputs, **changes))
+    assert [row["step"] for row in again.rows("metrics")] == list(range(1, 21))
+    for name, value in AutoModelForCausalLM.from_pretrained(whole.folder / "model").state_dict().items():
+        mine = AutoModelForCausalLM.from_pretrained(again.folder / "model").state_dict()[name]
+        torch.testing.assert_close(mine, value, atol=1e-6, rtol=1e-5)
+
+
+def test_an_error_in_one_process_is_the_line_of_the_stage(home: Home, tiny_model: Path):
+    inputs = tables(home, AutoTokenizer.from_pretrained(tiny_model))
+    with pytest.raises(UserError, match="train.lora.target_modules"):
+        train.build(work(home, tiny_model, inputs, processes=2, lora={"target_modules": ["nothing"]}))
+    assert not ranks()
+
+
+def test_an_adapter_trains_in_two_processes_as_in_one(home: Home, tiny_model: Path, tmp_path: Path):
+    inputs = tables(home, AutoTokenizer.from_pretrained(tiny_model))
+    changes = {"lora": {"rank": 4}, "epochs": 1.0}
+    made = [
+        train.build(work(Home(tmp_path / name).create(), tiny_model, inputs, **changes, **more))
+        for name, more in (
+            ("one", {}),
+            ("two", {"processes": 2}),
+            ("sharded", {"processes": 2, "sharding": "full_shard"}),
+        )
+    ]
+    one, *others = (AutoModelForCausalLM.from_pretrained(a.folder / "model").state_dict() for a in made)
+    for other in others:
+        for name, value in one.items():
+            torch.testing.assert_close(other[name], value, atol=1e-5, rtol=1e-4)
