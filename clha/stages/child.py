@@ -31,11 +31,19 @@ def main() -> NoReturn:
     for name in ("--home", "--run", "--node", "--key"):
         parser.add_argument(name, required=True)
     args = parser.parse_args()
+    work_and_exit(lambda progress: build_node(Home(Path(args.home)), args.run, args.node, args.key, progress))
+
+
+def work_and_exit(work: Callable[[Progress], object]) -> NoReturn:
+    """Do `work` as a child of the process that reads its events, and exit: 0, 2 (the user's mistake) or 1.
+
+    This process group ends when the parent does.
+    """
     if LIFELINE_FD in os.environ:
         _die_with_parent(int(os.environ[LIFELINE_FD]))
     progress = pipe_progress(int(os.environ[PROGRESS_FD])) if PROGRESS_FD in os.environ else Progress()
     try:
-        build_node(Home(Path(args.home)), args.run, args.node, args.key, progress)
+        work(progress)
     except (UserError, StageFailure) as error:
         _report(error)
         sys.exit(error.exit_code)
