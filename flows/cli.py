@@ -4,7 +4,6 @@ import os
 import signal
 import sys
 import time
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -16,7 +15,6 @@ from typer import Option
 if TYPE_CHECKING:
     from clha.store import Home
     from flows.launch import Job
-    from flows.server import Server
     from flows.terminal import Terminal
 
 app = typer.Typer(
@@ -102,42 +100,17 @@ _FOREVER = 1e9
 
 
 def _run_with_prefect(job: "Job", terminal: "Terminal") -> None:
-    from contextlib import ExitStack
+    from flows import server, watched
 
-    from flows import server
-
-    with ExitStack() as stack:
-        try:
-            found = server.find_server(job.home)
-            if found is None:
-                terminal.say("starting a Prefect server for this run")
-                found = stack.enter_context(_own_server(job.home))
-            terminal.say(f"run {job.name}: watch it at {found.ui}")
-            _import_prefect(job.home, found)
+    try:
+        with watched.prefect_for(job.home, f"run {job.name}", terminal.say) as found:
             from flows.pipeline import run_pipeline
 
             with terminal:
                 run_pipeline(job, found, terminal.listen)
-        except server.ServerLost as lost:
-            terminal.say(f"{lost}; the run goes on without it")
-            _run_without_prefect(job, terminal)
-
-
-def _own_server(home: "Home") -> AbstractContextManager["Server"]:
-    """A server for this run only; Prefect is imported while it starts."""
-    from flows import server
-
-    return server.running_server(
-        home, "127.0.0.1", server.free_port(), remember=False, meanwhile=lambda it: _import_prefect(home, it)
-    )
-
-
-def _import_prefect(home: "Home", found: "Server") -> None:
-    """Prefect reads its environment once, when it is imported."""
-    from flows import server
-
-    os.environ.update(server.client_environment(home, found.api) | server.quiet_console())
-    import flows.pipeline  # noqa: F401
+    except server.ServerLost as lost:
+        terminal.say(f"{lost}; the run goes on without it")
+        _run_without_prefect(job, terminal)
 
 
 def _run_without_prefect(job: "Job", terminal: "Terminal") -> None:
@@ -209,6 +182,58 @@ def run_stage(
         state = existing_run(place, run)
         launch.amend(place, state, stage, set_ or (), force)
         runner.run_stage(place, state, launch.saved_settings(state), stage, terminal.listen)
+
+
+@app.command()
+def noise(run: LatestRun = None, json: JsonOption = False, home: HomeOption = HOME) -> None:
+    """Show what a run's rewards and weights say about noise: gaps, pairs kept, flipped labels, reward models."""
+    from flows import show
+
+    typer.echo(show.noise(home, run, as_json=json))
+
+
+@app.command("noise-study")
+def noise_study(
+    run: LatestRun = None,
+    rates: Annotated[str | None, Option("--rates", metavar="R,...", help="Shares of flipped labels.")] = None,
+    seeds: Annotated[str | None, Option("--seeds", metavar="S,...", help="Which labels are flipped.")] = None,
+    arms: Annotated[
+        str | None, Option("--arms", metavar="A,...", help="Pairs of the reward model: clean, flipped.")
+    ] = None,
+    weights: Annotated[
+        str | None,
+        Option("--weights", metavar="W,...", help="none, calibrated, shuffled, length, oracle; '': detection only."),
+    ] = None,
+    set_: SetOption = None,
+    profile: Annotated[
+        str | None, Option("--profile", help="Begin the run with this profile when there is none of that name.")
+    ] = None,
+    config: ConfigOption = CONFIG,
+    json: JsonOption = False,
+    prefect: Annotated[bool, Option("--prefect/--no-prefect", help="With or without the Prefect server.")] = True,
+    home: HomeOption = HOME,
+) -> None:
+    """Flip labels of a run's pairs on purpose, find them again, and train short runs with and without weights."""
+    from flows import study
+    from flows.terminal import open_terminal
+
+    asked = {"rates": rates, "seeds": seeds, "arms": arms, "weights": weights}
+    own = [f"noise_study.{name}=[{value}]" for name, value in asked.items() if value is not None]
+    place, name, overrides = study.accept(home, run, profile, config.absolute(), set_ or (), own)
+    terminal = open_terminal(sys.stderr if json else sys.stdout)
+    if prefect:
+        from flows import watched
+
+        results = watched.study_with_prefect(place, name, overrides, terminal)
+    else:
+        with terminal:
+            results = study.conduct(place, name, overrides, terminal.listen)
+    if json:
+        typer.echo(study.result_path(place, name).read_text())
+        return
+    for grid in study.study_grids(results):
+        terminal.table(grid)
+    terminal.say(f"tables: {study.result_path(place, name).with_suffix('.md')}")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Deployments: the chain on its schedule and each stage on demand, served from this machine."""
+"""Deployments: the chain on its schedule, each stage and the noise study on demand, served from this machine."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +12,7 @@ from prefect.types.entrypoint import EntrypointType
 
 from clha.config import Settings
 from clha.store import Home
+from flows.noise_study import noise_study
 from flows.orphans import bury
 from flows.pipeline import STAGE_FLOWS, pipeline
 
@@ -19,7 +20,7 @@ from flows.pipeline import STAGE_FLOWS, pipeline
 def deployments(
     home: Path, config: Path, profile: str, settings: Settings, overrides: Sequence[str], *, schedule: bool
 ) -> list[RunnerDeployment]:
-    """The chain, on the profile's schedule, and the stages, which work on a run that is there already.
+    """The chain, on the profile's schedule; the stages and the noise study, which work on a run that is there already.
 
     A run that starts while another of the same deployment is under way is cancelled, so that schedules do not pile
     up; two deployments that meet in one run are kept apart by the run's lock.
@@ -28,7 +29,7 @@ def deployments(
     when = Cron(settings.schedule.cron, timezone=settings.schedule.timezone) if schedule else None
     chain_parameters = {"home": str(home), "config": str(config), "profile": profile, "overrides": list(overrides)}
     served: list[tuple[Any, dict[str, Any], Schedule | None]] = [(pipeline, chain_parameters, when)]
-    served += [(flow, {"home": str(home), "run": profile}, None) for flow in STAGE_FLOWS.values()]
+    served += [(flow, {"home": str(home), "run": profile}, None) for flow in (*STAGE_FLOWS.values(), noise_study)]
     return [
         flow.to_deployment(
             profile,

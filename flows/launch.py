@@ -1,7 +1,6 @@
 """What `clha run` does around the stages, without Prefect: settings, lock, plan, report, verdict."""
 
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,12 +12,9 @@ from clha.digests import digest_of
 from clha.errors import StageFailure, UserError
 from clha.evaluation.verdict import digits_for, signed, verdict
 from clha.models import check_reference, resolve_model
-from clha.process import run_child
-from clha.progress import Event
 from clha.runs import Run, check_run_name, existing_run, load_run, run_lock, save_run
 from clha.sources.files import local_files, source_paths
 from clha.stages import chain, runner
-from clha.stages.child import LIFELINE_FD, PROGRESS_FD
 from clha.store import Artifact, Home
 
 REPORT = "report"  # listed among the nodes on the terminal, though it is no artifact
@@ -226,33 +222,19 @@ def build_report(home: Home, name: str, settings: Settings, listener: runner.Lis
 
     Raises UserError or StageFailure, with one line.
     """
-    log = home.logs / name / f"{REPORT}.log"
-    errors: list[Event] = []
-
-    def hear(event: Event) -> None:
-        if event["event"] == "error":
-            errors.append(event)
-        else:
-            listener(REPORT, event)
-
     listener(REPORT, {"event": "node", "state": "started"})
-    ended = run_child(
-        [sys.executable, "-m", "clha.stages.report", "--home", str(home.root), "--run", name],
-        environment=runner.child_environment(settings),
-        log=log,
-        on_event=hear,
-        on_line=lambda line: listener(REPORT, {"event": "output", "line": line}),
-        timeout_seconds=settings.execution.timeout_minutes * 60,
-        progress_fd=PROGRESS_FD,
-        lifeline_fd=LIFELINE_FD,
+    log = runner.run_module(
+        "clha.stages.report",
+        ["--home", str(home.root), "--run", name],
+        name=REPORT,
+        log=home.logs / name / f"{REPORT}.log",
+        settings=settings,
+        minutes=settings.execution.timeout_minutes,
+        listener=listener,
     )
-    if ended.timed_out:
-        raise StageFailure(f"report: not finished after {settings.execution.timeout_minutes:g} minutes; log: {log}")
     path = report_path(home, name)
-    if ended.returncode != 0 or not path.is_file():
-        message = errors[-1]["message"] if errors else ended.last_line or f"ended with {ended.returncode}"
-        wrong = ended.returncode == UserError.exit_code
-        raise (UserError if wrong else StageFailure)(f"report: {message.removeprefix('report: ')} (log: {log})")
+    if not path.is_file():
+        raise StageFailure(f"report: its process ended well but left no {path.name}; log: {log}")
     run = existing_run(home, name)
     run.note(REPORT, nodes=digest_of(run.nodes))
     save_run(home, run)

@@ -1,20 +1,15 @@
 """The whole chain as one Prefect flow, with a subflow for each stage."""
 
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-import httpx
 from prefect import flow, runtime, task
 from prefect.cache_policies import NO_CACHE
-from prefect.events.worker import EventsWorker
-from prefect.logging.handlers import APILogWorker
 
 from clha.digests import seed_of
-from clha.errors import StageFailure, UserError
 from clha.runs import Run, existing_run, load_run, save_run
 from clha.stages import chain, runner
 from clha.store import Home
@@ -22,11 +17,10 @@ from flows import launch, present
 from flows.evaluate import evaluate
 from flows.fit_reward import fit_reward
 from flows.generate import generate
-from flows.orphans import bury
 from flows.prepare import prepare
 from flows.rescore import rescore
-from flows.server import Server, ServerLost, answers
-from flows.steps import listener_for, watched_by
+from flows.server import Server
+from flows.steps import call_watched, listener_for
 from flows.train import train
 
 StageFlow = Callable[..., dict[str, str]]
@@ -134,38 +128,20 @@ def last_run(home: Home, deployment: str, node: str) -> Run | None:
 
 
 def run_pipeline(job: launch.Job, server: Server, listener: runner.Listener) -> None:
-    """Run the chain in this process, seen by both the server and `listener`.
-
-    Raises UserError or StageFailure as the stages do, and ServerLost when the server went away: what is finished by
-    then is recorded in the run, so that it can go on without.
-    """
-    logging.raiseExceptions = False  # log lines that a lost server did not take are no news for the terminal
+    """Run the chain in this process, seen by both the server and `listener`; raises as `call_watched` does."""
     request = job.request
-    try:
-        bury(job.home)
-        with watched_by(listener):
-            pipeline(
-                run=job.name,
-                profile=job.profile,
-                config=str(request.config),
-                home=str(job.home.root),
-                overrides=list(request.overrides),
-                from_stage=request.from_stage,
-                only=request.only,
-                force=request.force,
-            )
-    except (UserError, StageFailure):
-        flush()
-        raise
-    except Exception as error:
-        # Prefect's own errors are many once its server is gone; besides its client's, what counts is whether it is.
-        if not isinstance(error, httpx.HTTPError) and answers(server.api, 5.0):
-            raise
-        raise ServerLost(f"the Prefect server no longer answers ({type(error).__name__})") from error
-    flush()
-
-
-def flush() -> None:
-    """Send what Prefect still holds back (log lines, task states) before the server is ended."""
-    APILogWorker.drain_all(timeout=5)
-    EventsWorker.drain_all(timeout=5)
+    call_watched(
+        job.home,
+        server,
+        listener,
+        lambda: pipeline(
+            run=job.name,
+            profile=job.profile,
+            config=str(request.config),
+            home=str(job.home.root),
+            overrides=list(request.overrides),
+            from_stage=request.from_stage,
+            only=request.only,
+            force=request.force,
+        ),
+    )

@@ -21,7 +21,10 @@ from prefect.exceptions import MissingContextError, PrefectException
 from prefect.logging import get_run_logger
 
 from clha.progress import Event
+from clha.runs import Run
 from clha.stages.runner import Built
+from clha.store import Home
+from clha.study.tables import markdown, study_grids
 from flows import launch
 
 _PROGRESS_SECONDS = 3.0
@@ -182,6 +185,27 @@ def publish_result(run: str, metrics: dict[str, Any] | None, report: str | None,
     rows = metrics_rows(metrics) if metrics else []
     if rows:
         publish(lambda: create_table_artifact(rows, key=artifact_key(run, "metrics"), description="reward per subset"))
+
+
+def publish_noise(home: Home, run: Run) -> None:
+    """What a run's rewards and weights say about noise, as a table."""
+    from clha.reporting.noise_facts import noise_lines
+    from clha.stages.report import noise_of_run
+
+    rows = [{"figure": what, "value": value} for what, value in noise_lines(noise_of_run(home, run))]
+    key = artifact_key(run.name, "noise")
+    publish(lambda: create_table_artifact(rows, key=key, description=f"noise of run {run.name}"))
+
+
+def publish_study(run: str, results: dict[str, Any]) -> None:
+    """The tables of a noise study, as one markdown artifact and as tables."""
+    grids = study_grids(results)
+    key = artifact_key(run, "noise-study")
+    publish(lambda: create_markdown_artifact(markdown(grids), key=key, description=f"noise study of run {run}"))
+    for grid in grids:
+        rows = [dict(zip(grid.columns, row, strict=True)) for row in grid.rows]
+        name = artifact_key(run, "noise-study", grid.title)
+        publish(lambda rows=rows, name=name, title=grid.title: create_table_artifact(rows, name, title))  # type: ignore[misc]
 
 
 def metrics_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:

@@ -47,6 +47,19 @@ def status(place: Path, name: str | None, *, as_json: bool) -> str:
     return "\n".join(lines)
 
 
+def noise(place: Path, name: str | None, *, as_json: bool) -> str:
+    """What a run's rewards and weights say about noise: one line for each figure."""
+    from clha.reporting.noise_facts import noise_lines
+    from clha.stages.report import noise_of_run
+
+    home = Home(place)
+    facts = noise_of_run(home, chosen_run(home, name))
+    if as_json:
+        return json.dumps(facts, indent=1, ensure_ascii=False)
+    lines = _columns([list(line) for line in noise_lines(facts)], right=[])
+    return "\n".join([f"noise of run {facts['run']}", *lines])
+
+
 def _columns(table: Sequence[Sequence[str]], right: Sequence[int]) -> list[str]:
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     return [

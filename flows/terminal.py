@@ -10,6 +10,8 @@ from clha.progress import Event
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
+    from clha.study.tables import Grid
+
 _LINE_SECONDS = 15.0
 
 
@@ -45,6 +47,17 @@ class Terminal:
         self._stream.write(text + "\n")
         self._stream.flush()
 
+    def table(self, grid: "Grid") -> None:
+        """Print a table that stays; as wide as it needs to be where nobody watches."""
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(*grid.columns, title=grid.title, title_justify="left")
+        for row in grid.rows:
+            table.add_row(*row)
+        watched = self._stream.isatty()
+        Console(file=self._stream, width=None if watched else 200, highlight=False, markup=False).print(table)
+
     def listen(self, node: str, event: Event) -> None:
         """Show one event of a node (see clha.progress and clha.stages.runner)."""
         kind = event["event"]
@@ -77,12 +90,12 @@ class Terminal:
 class BarTerminal(Terminal):
     """A Rich bar per running node; finished nodes become a line above the bars."""
 
-    def __init__(self) -> None:
+    def __init__(self, stream: TextIO | None = None) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-        super().__init__()
-        self._console = Console(highlight=False)
+        super().__init__(stream)
+        self._console = Console(file=self._stream, highlight=False)
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
@@ -128,6 +141,7 @@ class BarTerminal(Terminal):
             self._progress.remove_task(task)
 
 
-def open_terminal() -> Terminal:
-    """Bars where somebody watches, lines where the output goes to a file or a pipe."""
-    return BarTerminal() if sys.stdout.isatty() else Terminal()
+def open_terminal(stream: TextIO | None = None) -> Terminal:
+    """Bars where somebody watches, lines where the output goes to a file or a pipe; `stream`: stdout."""
+    stream = stream or sys.stdout
+    return BarTerminal(stream) if stream.isatty() else Terminal(stream)

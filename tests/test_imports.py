@@ -102,11 +102,18 @@ def test_the_command_line_loads_nothing_heavy():
 
 
 def test_what_runs_before_prefect_loads_nothing_heavy():
-    assert loaded_by("import flows.launch, flows.show, flows.server, flows.terminal, clha.stages.runner") == set()
+    assert (
+        loaded_by("import flows.launch, flows.show, flows.server, flows.study, flows.terminal, clha.stages.runner")
+        == set()
+    )
+
+
+def test_what_is_said_of_noise_loads_nothing_heavy():
+    assert loaded_by("import clha.reporting.noise_facts, clha.stages.noise_study, clha.stages.study_cells") == set()
 
 
 def test_the_flows_load_prefect_and_no_model_code():
-    assert loaded_by("import flows.pipeline, flows.deploy") == {"prefect"}
+    assert loaded_by("import flows.pipeline, flows.deploy, flows.noise_study, flows.watched") == {"prefect"}
 
 
 @pytest.mark.parametrize("stage", ["prepare", "fit_reward", "generate", "rescore", "train", "evaluate", "report"])

@@ -95,6 +95,16 @@ def test_why_answers_in_one_line(smoke_home: Path):
     assert done.stdout.count("\n") == 1 and "up to date" in done.stdout
 
 
+def test_the_noise_of_a_run_is_shown_without_its_models(smoke_home: Path):
+    shown = clha(smoke_home, "noise", "--run", "smoke").stdout
+    assert "pairs kept" in shown and "effective sample size" in shown and "reward model" in shown
+    facts = json.loads(clha(smoke_home, "noise", "--json").stdout)
+    manifest = json.loads((artifact_folder(smoke_home, "smoke", "weigh") / "manifest.json").read_text())
+    assert facts["run"] == "smoke" and facts["kept"] == manifest["pairs_kept"] and facts["pairs"] == manifest["pairs"]
+    assert facts["effective"] == pytest.approx(manifest["effective_sample_size"])
+    assert facts["cut"] == manifest["gap"]
+
+
 def test_content_digests_are_those_on_record_unless_the_code_version_changed(smoke_home: Path):
     """Fails when a stage's output changes without its CODE_VERSION: then cached artifacts would be stale.
 

@@ -17,7 +17,7 @@ from clha.runs import Run
 from clha.store import Artifact, Home, write_atomic
 
 # Raise it when the report says other things about the same run: reports are then written anew.
-REPORT_VERSION = 2
+REPORT_VERSION = 3
 
 # No script at all, nothing from elsewhere: whatever a model wrote, the page only shows it.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"

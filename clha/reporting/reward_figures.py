@@ -8,7 +8,8 @@ from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
 from clha.reporting.drawing import PALETTE, Drawn, canvas, finish, legend_above, some_rows
-from clha.reporting.text import number, percent
+from clha.reporting.length_bias import length_note, rank_correlation
+from clha.reporting.text import percent
 
 Floats = NDArray[np.float64]
 
@@ -82,28 +83,3 @@ def reward_against_length(points: Mapping[str, tuple[Floats, Floats]], name: str
         return finish(
             figure, name, title, f"{note} Lines: least squares.", f"Scatter plot of reward against length. {note}"
         )
-
-
-def length_note(correlation: float | None) -> str:
-    """What a rank correlation of reward and length says about the reward model."""
-    if correlation is None:
-        return "Rewards or lengths do not vary."
-    size = abs(correlation)
-    likes = "longer" if correlation > 0 else "shorter"
-    kind = (
-        f"the reward model is length-biased, towards {likes} responses"
-        if size >= 0.3
-        else f"the reward model leans towards {likes} responses"
-        if size >= 0.15
-        else "the reward model hardly follows length"
-    )
-    return f"Rank correlation of reward and length {number(correlation, 2, True)}: {kind}."
-
-
-def rank_correlation(x: Floats, y: Floats) -> float | None:
-    """Spearman's; None where one of the two does not vary."""
-    from scipy.stats import spearmanr
-
-    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return None
-    return float(spearmanr(x, y).statistic)

@@ -1,12 +1,10 @@
 """The sections of the report, worked out from the artifacts of a run: without its artifacts a section is left out."""
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import yaml
 from scipy.special import expit
 
@@ -15,18 +13,18 @@ from clha.noise import label_probability
 from clha.reporting import evaluation_figures, noise_figures, reward_figures, training_figures
 from clha.reporting.drawing import Drawn
 from clha.reporting.examples import answer_examples, pair_examples
+from clha.reporting.noise_facts import NOISE_NODES, noise_facts, noise_lines, read_noise
 from clha.reporting.tables import (
     Floats,
-    Pairs,
     paired_scores,
-    pairs_of,
     quarantine_counts,
+    read_json,
     split_counts,
 )
 from clha.reporting.text import literal, number, percent
 from clha.runs import Run
 from clha.schema import SPLITS
-from clha.store import Artifact, read_parquet
+from clha.store import Artifact
 
 Section = dict[str, Any]
 Nodes = Mapping[str, Artifact]
@@ -156,18 +154,15 @@ def _subsets(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def noise_section(nodes: Nodes, run: Run) -> Section | None:
     """Rewards of the candidates, pairs kept and dropped, the least and the most trusted ones."""
-    if not {"prepare", "generate", "score", "weigh"} <= nodes.keys():
+    if not {"prepare", *NOISE_NODES} <= nodes.keys():
         return None
-    rewards = nodes["score"].read("rewards", ["prompt_id", "candidate_id", "reward"])
-    pairs = pairs_of(rewards, nodes["weigh"].read("weights"))
-    facts = nodes["weigh"].manifest
-    noise = run.settings["rescore"]["noise"]
-    cut = facts.get("gap")
-    candidates = _scored_candidates(nodes)
+    data = read_noise(nodes)
+    facts = noise_facts(nodes, run, data)
+    pairs, candidates = data.pairs, data.candidates
     drawn = [noise_figures.candidate_rewards(_by_origin(candidates), pairs.best_reward, _sft_threshold(nodes, run))]
     if len(pairs.gap):
-        drawn.append(noise_figures.pair_gaps(pairs.gap, pairs.kept, cut))
-        drawn.append(noise_figures.kept_by_distance(_kept_by_distance(pairs)))
+        drawn.append(noise_figures.pair_gaps(pairs.gap, pairs.kept, facts["cut"]))
+        drawn.append(noise_figures.kept_by_distance(facts["kept_by_distance"]))
         kept = pairs.weight[pairs.kept]
         if len(kept) and float(np.ptp(kept)) > 1e-6:
             drawn.append(noise_figures.pair_weights(kept, pairs.effective_sample_size))
@@ -179,20 +174,9 @@ def noise_section(nodes: Nodes, run: Run) -> Section | None:
             "reward of the candidate",
         )
     )
-    weights = nodes["weigh"].read("weights", ["flags"])
-    return {
+    return facts | {
         "figures": drawn,
-        "method": noise["method"],
-        "pairs": len(pairs.gap),
-        "kept": int(pairs.kept.sum()),
-        "share": float(pairs.kept.mean()) if len(pairs.gap) else None,
-        "effective": pairs.effective_sample_size,
-        "cut": cut,
-        "prompts": len(pairs.prompt_ids),
-        "prompts_without_pairs": len(pairs.prompt_ids) - len(np.unique(pairs.prompt[pairs.kept])),
-        "sft_share": float((pairs.sft_lambda > 0).mean()) if len(pairs.prompt_ids) else None,
-        "flip_rate": facts.get("flip_rate"),
-        "flags": _flag_counts(weights),
+        "table": noise_lines(facts),
         "examples": pair_examples(pairs, nodes, pair_trust(nodes, run)) if len(pairs.gap) else {},
     }
 
@@ -217,23 +201,6 @@ def pair_trust(nodes: Nodes, run: Run) -> Callable[[float], float] | None:
     return trust
 
 
-def _flag_counts(weights: pa.Table) -> list[tuple[str, int]]:
-    """Prompts by the flags of their weights, the commonest first."""
-    counts = pc.value_counts(pc.list_flatten(weights["flags"]))
-    return sorted(((c["values"].as_py(), c["counts"].as_py()) for c in counts), key=lambda c: (-c[1], c[0]))
-
-
-def _scored_candidates(nodes: Nodes) -> pa.Table:
-    """origin, length (tokens) and reward of all scored candidates, joined by id."""
-    shards = []
-    for shard in nodes["generate"].shards("candidates"):  # one by one: token IDs are large
-        read = read_parquet(shard, ["prompt_id", "candidate_id", "origin", "response_token_ids"])
-        length = pc.list_value_length(read["response_token_ids"])
-        shards.append(read.drop_columns(["response_token_ids"]).append_column("length", length))
-    reward = nodes["score"].read("rewards", ["prompt_id", "candidate_id", "reward"])
-    return pa.concat_tables(shards).join(reward, keys=["prompt_id", "candidate_id"], join_type="inner")
-
-
 def _by_origin(candidates: pa.Table) -> dict[str, Floats]:
     """Rewards by origin."""
     names = np.asarray(candidates["origin"].to_pylist())
@@ -244,10 +211,6 @@ def _by_origin(candidates: pa.Table) -> dict[str, Floats]:
 def _sft_threshold(nodes: Nodes, run: Run) -> float | None:
     stated = nodes["weigh"].manifest.get("sft_threshold", run.settings["rescore"]["sft_threshold"])
     return float(stated) if isinstance(stated, int | float) else None
-
-
-def _kept_by_distance(pairs: Pairs) -> dict[int, float]:
-    return {int(d): float(pairs.kept[pairs.distance == d].mean()) for d in np.unique(pairs.distance)}
 
 
 def reward_section(nodes: Nodes) -> Section | None:
@@ -349,9 +312,3 @@ def making_section(nodes: Nodes, run: Run) -> Section:
 def all_figures(sections: Mapping[str, Section | None]) -> list[Drawn]:
     """Every figure of the report, in order."""
     return [f for s in sections.values() if s for f in s.get("figures", ())]
-
-
-def read_json(artifact: Artifact, name: str) -> dict[str, Any]:
-    """A JSON file of an artifact."""
-    content: dict[str, Any] = json.loads((artifact.folder / name).read_text(encoding="utf-8"))
-    return content

@@ -1,5 +1,6 @@
 """A run's tables as arrays for figures and as the few rows that are shown: pairs, paired scores, texts of examples."""
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -176,3 +177,20 @@ def quarantine_counts(nodes: Mapping[str, Artifact]) -> list[dict[str, Any]]:
         }
         for name, a in nodes.items()
     ]
+
+
+def scored_candidates(nodes: Mapping[str, Artifact]) -> pa.Table:
+    """origin, length (tokens) and reward of all scored candidates, joined by id."""
+    shards = []
+    for shard in nodes["generate"].shards("candidates"):  # one by one: token IDs are large
+        read = read_parquet(shard, ["prompt_id", "candidate_id", "origin", "response_token_ids"])
+        length = pc.list_value_length(read["response_token_ids"])
+        shards.append(read.drop_columns(["response_token_ids"]).append_column("length", length))
+    reward = nodes["score"].read("rewards", ["prompt_id", "candidate_id", "reward"])
+    return pa.concat_tables(shards).join(reward, keys=["prompt_id", "candidate_id"], join_type="inner")
+
+
+def read_json(artifact: Artifact, name: str) -> dict[str, Any]:
+    """A JSON file of an artifact."""
+    content: dict[str, Any] = json.loads((artifact.folder / name).read_text(encoding="utf-8"))
+    return content

@@ -1,91 +1,33 @@
 """The noise study: flipped labels, reward models that look for them, and short runs with and without weights.
 
+In a process of its own: `python -m clha.stages.noise_study --home H --run R [--set noise_study.rates=[0.2]]`.
+
 Each cell (the features; one detection; one trained policy) is an artifact of its own kind, so a study that was
 stopped goes on where it was, and another seed or rate adds its cells only.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clha.config import settings_from
 from clha.digests import digest_of
 from clha.errors import UserError
-from clha.schema import SCHEMA_VERSION
+from clha.progress import Progress
+from clha.runs import existing_run
+from clha.stages.study_cells import JUDGED, CellProgress, Study, StudyInput, count_cells
 from clha.store import Artifact, ArtifactWriter, Home, write_atomic
 
 if TYPE_CHECKING:
     from clha.config import NoiseStudy, RewardFit, Settings
-    from clha.progress import Progress
     from clha.runs import Run
-    from clha.study.detection import LabelledPairs
-
-CODE_VERSION = {"noise_features": 1, "noise_detection": 1, "noise_training": 1}
+    from clha.study.detection import Detection, LabelledPairs
 
 _SHARD = 128
-
-
-@dataclass(frozen=True)
-class StudyInput:
-    """What a study works on: prompts with labelled pairs, the policy and the reward model's encoder."""
-
-    prepare: Artifact
-    policy: Path
-    encoder: Path
-    models: dict[str, str]  # role -> digest
-
-
-@dataclass
-class Study:
-    """A study under way."""
-
-    home: Home
-    settings: NoiseStudy
-    fit: RewardFit
-    given: StudyInput
-    progress: Progress
-
-    def cell(self, kind: str, what: dict[str, Any], make: Callable[[ArtifactWriter], dict[str, Any]]) -> Artifact:
-        """The finished artifact of a cell; `make` writes its files and returns facts, rows_in and rows_out too."""
-        parts = {
-            "kind": kind,
-            "schema_version": SCHEMA_VERSION,
-            "code_version": CODE_VERSION[kind],
-            "inputs": {"prepare": self.given.prepare.content},
-            "models": self.given.models,
-            "settings": what,
-        }
-        key = digest_of(parts)[:24]
-        with self.home.lock(f"{kind}-{key}", wait_seconds=3600):
-            done = self.home.find(kind, key)
-            if done:
-                return done
-            from clha.stages.work import peak_memory_bytes
-            from clha.versions import installed_versions
-
-            writer = ArtifactWriter(self.home, kind, key)
-            facts = make(writer)
-            rows = facts.pop("rows")
-            return writer.finish(
-                rows_in=rows,
-                rows_out=rows,
-                facts={
-                    "node": kind,
-                    "code_version": CODE_VERSION[kind],
-                    "inputs": {"prepare": self.given.prepare.key},
-                    "settings": what,
-                    "key_parts": parts,
-                    "versions": installed_versions(),
-                    "seed": what.get("seed"),
-                    "device": "cpu",
-                    "peak_memory_bytes": peak_memory_bytes(),
-                    **facts,
-                },
-            )
 
 
 def study_of_run(home: Home, run: Run, settings: Settings, progress: Progress) -> dict[str, Any]:
@@ -116,21 +58,21 @@ def run_study(
     Returns {"detection": [...], "training": [...]} and writes it to `report` as JSON and, beside it, as Markdown
     tables. Raises UserError when there are too few pairs.
     """
-    from clha.study.summary import study_tables
+    from clha.study.tables import markdown, study_grids
 
-    study = Study(home, settings, fit, given, progress)
+    study = Study(home, settings, fit, given, CellProgress(progress, count_cells(settings)))
     rows = {role: _rows(study, split, limit) for role, split, limit in _roles(settings)}
     pairs = _features(study, rows)
     detection = []
     for rate in settings.rates:
         for seed in settings.seeds:
             for arm in settings.arms:
-                detection.append(_detection(study, pairs, rate, seed, arm))
+                detection.append(_detection(study, pairs, rate, seed, arm).figures)
     training = [t for rate in settings.rates for t in _training(study, rows, pairs, rate)]
     results = {"detection": detection, "training": training, "settings": settings.key_settings()}
     if report is not None:
         write_atomic(report, json.dumps(results, indent=1).encode())
-        write_atomic(report.with_suffix(".md"), study_tables(results).encode())
+        write_atomic(report.with_suffix(".md"), markdown(study_grids(results)).encode())
     return results
 
 
@@ -216,18 +158,24 @@ def _cell_settings(study: Study, rate: float, seed: int) -> dict[str, Any]:
     return {"rate": rate, "seed": seed, **sizes, "fit": study.fit.key_settings()}
 
 
-def _detection(study: Study, pairs: dict[str, LabelledPairs], rate: float, seed: int, arm: str) -> dict[str, Any]:
-    from clha.study.detection import detect
+def _detection(study: Study, pairs: dict[str, LabelledPairs], rate: float, seed: int, arm: str) -> Detection:
+    """How a reward model judges the labels; the table `labels` keeps the truth: prompt_id, flipped, p_right."""
+    import pyarrow as pa
+
+    from clha.study.detection import Detection, detect, flips
 
     def make(writer: ArtifactWriter) -> dict[str, Any]:
         found = detect(pairs["reward"], pairs["train"], rate, seed, arm, study.fit)
+        ids = pairs["train"].ids
+        columns = {"prompt_id": ids, "flipped": flips(ids, rate, seed), "p_right": found.p_right}
+        writer.write_shard("labels", 0, pa.table(columns))
         writer.write_bytes("detection.json", json.dumps(found.figures).encode())
-        return {"rows": len(found.p_right)}
+        study.progress.log(f"flips {rate:.0%}, seed {seed}, {arm}: AUROC {found.figures.get('auroc', 0.5):.3f}")
+        return {"rows": len(ids)}
 
     artifact = study.cell("noise_detection", _cell_settings(study, rate, seed) | {"arm": arm}, make)
-    figures: dict[str, Any] = json.loads((artifact.folder / "detection.json").read_text())
-    study.progress.log(f"flips {rate:.0%}, seed {seed}, {arm}: AUROC {figures.get('auroc', float('nan')):.3f}")
-    return figures
+    figures = json.loads((artifact.folder / "detection.json").read_text())
+    return Detection(artifact.read("labels")["p_right"].to_numpy(), figures)
 
 
 def _training(
@@ -242,15 +190,18 @@ def _training(
         return []
     right: dict[str, list[Any]] = {name: [] for name in ("before training", *study.settings.weights)}
     groups: list[str] = []
+    seconds: dict[str, float] = {}
     for name, judged in right.items():
         for seed in study.settings.seeds[:1] if name == "before training" else study.settings.seeds:
             artifact = _policy(study, rows, pairs, rate, seed, name)
             table = artifact.read("judged")
             judged.append(table["margin"].to_numpy() > 0)
             groups = table["group"].to_pylist()
+            seconds[name] = max(seconds.get(name, 0.0), artifact.manifest["seconds"])
     out = []
     for name, judged in right.items():
         row: dict[str, Any] = {"rate": rate, "weights": name, "accuracy": float(np.mean(judged))}
+        row |= {"seeds": len(judged), "seconds": seconds[name]}
         if name not in ("none", "before training") and "none" in right:
             row["gain"] = paired_gain(judged, right["none"], groups)
         out.append(row)
@@ -264,13 +215,14 @@ def _policy(
     """The held-out judgement of one trained policy, as table `judged`: group, margin (nats per token)."""
     settings = study.settings
     untrained = name == "before training"
+    judged = _detection(study, pairs, rate, seed, settings.train_arm) if name in JUDGED else None
 
     def make(writer: ArtifactWriter) -> dict[str, Any]:
         import pyarrow as pa
         from transformers import AutoModelForCausalLM
 
         from clha.chat import load_chat
-        from clha.study.detection import arm_weights, detect, detect_by_length, flips
+        from clha.study.detection import arm_weights, detect_by_length, flips
         from clha.study.policies import preference_margins, ranked_pair, train_policy
 
         began = time.monotonic()
@@ -281,10 +233,11 @@ def _policy(
         if untrained:
             model = AutoModelForCausalLM.from_pretrained(study.given.policy, dtype="float32")
         else:
-            found = detect(pairs["reward"], pairs["train"], rate, seed, settings.train_arm, study.fit)
-            by_length = detect_by_length(pairs["reward"], pairs["train"], rate, seed, study.fit)
+            p_right = judged.p_right if judged else None
+            if name == "length":
+                p_right = detect_by_length(pairs["reward"], pairs["train"], rate, seed, study.fit).p_right
             flipped = flips(pairs["train"].ids, rate, seed)
-            weights = arm_weights(name, found, by_length, flipped, seed)
+            weights = arm_weights(name, p_right, flipped, seed)
             trained = []
             for r, w, swap in zip(rows["train"], weights, flipped, strict=True):
                 first, second = (r["rejected"], r["chosen"]) if swap else (r["chosen"], r["rejected"])
@@ -307,3 +260,25 @@ def _policy(
         what = {k: settings.key_settings()[k] for k in ("test_pairs", "max_tokens", "max_prompt_tokens")}
         what |= {"weights": name}
     return study.cell("noise_training", what, make)
+
+
+def main() -> None:
+    """Conduct the study of a run as a child process."""
+    from clha.process import child_main
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--home", required=True)
+    parser.add_argument("--run", required=True)
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=VALUE")
+    args = parser.parse_args()
+
+    def work(progress: Progress) -> None:
+        home = Home(Path(args.home))
+        run = existing_run(home, args.run)
+        study_of_run(home, run, settings_from(run.settings, args.overrides, where=f"run {run.name}"), progress)
+
+    child_main(work)
+
+
+if __name__ == "__main__":
+    main()

@@ -3,10 +3,11 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from clha.config import settings_from
-from clha.errors import StageFailure, UserError
-from clha.runs import existing_run
+from clha.errors import UserError
+from clha.runs import Run, existing_run
 from clha.store import Artifact, Home, kind_of
 
 
@@ -16,27 +17,44 @@ def make_report(home: Home, run_name: str) -> Path:
     Nodes that are not built are left out. Raises UserError when there is no such run, or it has built nothing.
     """
     from clha.reporting.report import build_report
-    from clha.stages.chain import nodes
 
     run = existing_run(home, run_name)
-    settings = settings_from(run.settings, (), where=f"run {run_name}")
-    built: dict[str, Artifact] = {}
-    for node in nodes(settings):
-        artifact = home.find(kind_of(node.name), run.nodes.get(node.name, ""))
-        if artifact is not None:
-            built[node.name] = artifact
+    built = built_nodes(home, run)
     if not built:
         raise UserError(f"run {run_name} has built nothing yet; start it with `clha run --run {run_name}`")
     return build_report(home, run, built)
 
 
+def built_nodes(home: Home, run: Run) -> dict[str, Artifact]:
+    """The run's finished artifacts by node, in the order of the chain."""
+    from clha.stages.chain import nodes
+
+    settings = settings_from(run.settings, (), where=f"run {run.name}")
+    found = {n.name: home.find(kind_of(n.name), run.nodes.get(n.name, "")) for n in nodes(settings)}
+    return {name: artifact for name, artifact in found.items() if artifact is not None}
+
+
+def noise_of_run(home: Home, run: Run) -> dict[str, Any]:
+    """What the run's rewards and weights say about noise; see `clha.reporting.noise_facts`.
+
+    Raises UserError when the run has not rescored yet.
+    """
+    from clha.reporting.noise_facts import NOISE_NODES, noise_facts, read_noise
+
+    built = built_nodes(home, run)
+    missing = [name for name in NOISE_NODES if name not in built]
+    if missing:
+        raise UserError(
+            f"run {run.name} has no finished {missing[0]}; `clha run --run {run.name}` or `clha run-stage` builds it"
+        )
+    return {"run": run.name} | noise_facts(built, run, read_noise(built))
+
+
 if __name__ == "__main__":
+    from clha.process import child_main
+
     parser = argparse.ArgumentParser()
     for name in ("--home", "--run"):
         parser.add_argument(name, required=True)
     args = parser.parse_args()
-    try:
-        sys.stdout.write(f"{make_report(Home(Path(args.home)), args.run)}\n")
-    except (UserError, StageFailure) as error:
-        sys.stderr.write(f"{error}\n")
-        sys.exit(error.exit_code)
+    child_main(lambda progress: sys.stdout.write(f"{make_report(Home(Path(args.home)), args.run)}\n"))

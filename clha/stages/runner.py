@@ -3,8 +3,9 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from clha.config import Settings
@@ -93,43 +94,65 @@ def _build_with_retries(
 def _build_once(home: Home, run: Run, settings: Settings, planned: chain.Planned, listener: Listener) -> Artifact:
     node, key = planned.node, planned.key
     assert key is not None
-    log = home.logs / run.name / f"{node.name.replace('/', '-')}.log"
+    log = run_module(
+        "clha.stages.child",
+        ["--home", str(home.root), "--run", run.name, "--node", node.name, "--key", key],
+        name=node.name,
+        log=home.logs / run.name / f"{node.name.replace('/', '-')}.log",
+        settings=settings,
+        minutes=settings.execution.timeout_minutes,
+        listener=listener,
+    )
+    artifact = home.find(node.kind, key)
+    if artifact is None:
+        raise StageFailure(f"{node.name}: its process ended well but left no artifact; log: {log}")
+    return artifact
+
+
+def run_module(
+    module: str,
+    arguments: Sequence[str],
+    *,
+    name: str,
+    log: Path,
+    settings: Settings,
+    minutes: float,
+    listener: Listener,
+) -> Path:
+    """Run `python -m module arguments` in a child process to its good end; returns its log.
+
+    `name` is what its events and errors are said of; after `minutes` it is ended. Raises UserError, StageFailure or
+    TransientFailure, with one line.
+    """
     errors: list[Event] = []
 
     def hear(event: Event) -> None:
         if event["event"] == "error":
             errors.append(event)
         else:
-            listener(node.name, event)
+            listener(name, event)
 
     ended = run_child(
-        [sys.executable, "-m", "clha.stages.child"]
-        + ["--home", str(home.root), "--run", run.name, "--node", node.name, "--key", key],
+        [sys.executable, "-m", module, *arguments],
         environment=child_environment(settings),
         log=log,
         on_event=hear,
-        on_line=lambda line: listener(node.name, {"event": "output", "line": line}),
-        timeout_seconds=settings.execution.timeout_minutes * 60,
+        on_line=lambda line: listener(name, {"event": "output", "line": line}),
+        timeout_seconds=minutes * 60,
     )
     where = f"log: {log}"
     if ended.timed_out:
-        raise TransientFailure(
-            f"{node.name}: not finished after {settings.execution.timeout_minutes:g} minutes "
-            f"(execution.timeout_minutes); {where}"
-        )
+        raise TransientFailure(f"{name}: not finished after {minutes:g} minutes (execution.timeout_minutes); {where}")
     if errors:
         message = errors[-1]["message"]
-        if not message.startswith(node.name):
-            message = f"{node.name}: {message}"
+        if not message.startswith(name):
+            message = f"{name}: {message}"
         raise failure_of(errors[-1], message if errors[-1]["kind"] == "user" else f"{message} ({where})")
     if ended.returncode < 0:
-        raise TransientFailure(f"{node.name}: its process was killed by signal {-ended.returncode}; {where}")
+        raise TransientFailure(f"{name}: its process was killed by signal {-ended.returncode}; {where}")
     if ended.returncode != 0:
-        raise StageFailure(f"{node.name}: its process ended with {ended.returncode}: {ended.last_line}; {where}")
-    artifact = home.find(node.kind, key)
-    if artifact is None:
-        raise StageFailure(f"{node.name}: its process ended well but left no artifact; {where}")
-    return artifact
+        raise StageFailure(f"{name}: its process ended with {ended.returncode}: {ended.last_line}; {where}")
+    return log
 
 
 def child_environment(settings: Settings) -> dict[str, str]:

@@ -150,18 +150,16 @@ def _interval(measure: Any, scores: Floats, truth: Bools, resamples: int) -> lis
     return [float(low), float(high)]
 
 
-def arm_weights(name: str, detection: Detection, by_length: Detection, flipped: Bools, seed: int) -> Floats:
+def arm_weights(name: str, p_right: Floats | None, flipped: Bools, seed: int) -> Floats:
     """Weights of the labelled pairs [N] for one arm of training, with mean 1 over those that are kept.
 
-    none: 1; calibrated: 2 p_right - 1, nothing below one half; shuffled: the same weights on other pairs; length:
-    calibrated by a judge of length alone; oracle: 1 where the label was not flipped, 0 where it was.
+    none: 1; oracle: 1 where the label was not flipped, 0 where it was; shuffled: the weights 2 p_right - 1 on other
+    pairs; otherwise these weights, nothing below one half, `p_right` [N] being what the arm's judge says.
     """
-    trusted = {
-        "none": lambda: np.ones(len(flipped)),
-        "calibrated": lambda: noise.trust_weight(detection.p_right),
-        "shuffled": lambda: np.random.default_rng(seed).permutation(noise.trust_weight(detection.p_right)),
-        "length": lambda: noise.trust_weight(by_length.p_right),
-        "oracle": lambda: np.where(flipped, 0.0, 1.0),
-    }
-    weights = np.asarray(trusted[name]())
+    if p_right is None:
+        weights = np.where(flipped, 0.0, 1.0) if name == "oracle" else np.ones(len(flipped))
+    else:
+        weights = noise.trust_weight(p_right)
+    if name == "shuffled":
+        weights = np.random.default_rng(seed).permutation(weights)
     return weights * noise.mean_one_scale(float(weights.sum()), int((weights > 0).sum()))

@@ -1,6 +1,6 @@
-"""What a noise study comes to: detection against theory, and what weights do for the trained policy."""
+"""What weights do for the trained policy: gains over the same held-out pairs, with intervals."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -34,39 +34,3 @@ def paired_gain(arm: Sequence[Bools], baseline: Sequence[Bools], groups: Sequenc
         "pairs": len(difference),
         "seeds": len(arm),
     }
-
-
-def study_tables(results: Mapping[str, Any]) -> str:
-    """The results as Markdown: one table of detection, one of training."""
-    lines = [
-        "| flips | reward model's pairs | accuracy | AUROC | theory | AUPRC | estimated flips |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for d in results["detection"]:
-        lines.append(
-            f"| {d['rate']:.0%} (seed {d['seed']}) | {d['arm']} | {_with(d['accuracy'], d['accuracy_interval'])} "
-            f"| {_with(d.get('auroc'), d.get('auroc_interval'))} | {d['theory_auroc']:.3f} "
-            f"| {_with(d.get('auprc'), d.get('auprc_interval'))} "
-            f"| {_with(d['flip_rate'], d['flip_rate_interval'])} |"
-        )
-    if results["training"]:
-        lines += [
-            "",
-            "| flips | weights | held-out accuracy | gain over no weights | smallest effect it could show |",
-            "|---|---|---|---|---|",
-        ]
-    for t in results["training"]:
-        gain = t.get("gain")
-        lines.append(
-            f"| {t['rate']:.0%} | {t['weights']} | {t['accuracy']:.3f} "
-            f"| {_with(gain['gain'], gain['interval'], sign=True) if gain else ''} "
-            f"| {format(gain['smallest_effect'], '.3f') if gain else ''} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def _with(value: float | None, interval: Sequence[float] | None, sign: bool = False) -> str:
-    if value is None or interval is None:
-        return ""
-    form = "+.3f" if sign else ".3f"
-    return f"{value:{form}} [{interval[0]:{form}}, {interval[1]:{form}}]"

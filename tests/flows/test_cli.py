@@ -35,7 +35,8 @@ def test_help_is_answered_without_importing_anything_heavy():
 
 
 @pytest.mark.parametrize(
-    "subcommand", ["run", "run-stage", "status", "why", "runs", "report", "ui", "deploy", "doctor"]
+    "subcommand",
+    ["run", "run-stage", "status", "why", "runs", "report", "ui", "deploy", "doctor", "noise", "noise-study"],
 )
 def test_each_command_has_help(command: Clha, subcommand: str):
     done = command(subcommand, "--help")
@@ -111,7 +112,7 @@ def test_a_home_that_cannot_be_written_is_one_line(command: Clha, tmp_path: Path
     assert "cannot be written" in message and "CLHA_HOME" in message
 
 
-@pytest.mark.parametrize("subcommand", ["status", "why", "report"])
+@pytest.mark.parametrize("subcommand", ["status", "why", "report", "noise"])
 def test_commands_that_show_a_run_name_the_runs_there_are(command: Clha, subcommand: str):
     assert "no run" in one_line(command(subcommand))
     assert "no run `other`" in one_line(command(subcommand, "--run", "other"))

@@ -91,7 +91,7 @@ def served(served_home: Home, pairs: Path) -> Iterator[Api]:
             assert process.poll() is None and time.monotonic() < deadline, output.read_text()
             time.sleep(0.2)
         api = Api(f"http://127.0.0.1:{port}/api")
-        while len(api.call("/deployments/filter", {})) < 7:
+        while len(api.call("/deployments/filter", {})) < 8:
             assert process.poll() is None and time.monotonic() < deadline, output.read_text()
             time.sleep(0.2)
         yield api
@@ -107,7 +107,7 @@ def test_chain_and_stages_started_through_the_api_end_completed_and_a_second_sta
     names = {d["name"] for d in served.call("/deployments/filter", {})}
     flows = {f["name"] for f in served.call("/flows/filter", {})}
     assert names == {"smoke"}
-    assert flows == {"pipeline", "prepare", "fit_reward", "generate", "rescore", "train", "evaluate"}
+    assert flows == {"pipeline", "prepare", "fit_reward", "generate", "rescore", "train", "evaluate", "noise-study"}
     chain = served.call("/deployments/name/pipeline/smoke")
     (schedule,) = chain["schedules"]
     assert schedule["active"] and schedule["schedule"]["cron"] and schedule["schedule"]["timezone"]

@@ -10,6 +10,7 @@ from matplotlib.image import imread
 
 from clha.reporting import evaluation_figures, noise_figures, reward_figures, training_figures
 from clha.reporting.drawing import PALETTE, Drawn
+from clha.reporting.length_bias import length_note
 
 RNG = np.random.default_rng(0)
 
@@ -91,10 +92,10 @@ def test_the_cut_is_an_edge_of_the_bars_so_that_none_is_both_kept_and_dropped() 
 
 
 def test_a_length_biased_reward_model_is_named_as_such() -> None:
-    assert "length-biased, towards longer" in reward_figures.length_note(0.45)
-    assert "leans towards shorter" in reward_figures.length_note(-0.2)
-    assert "hardly follows length" in reward_figures.length_note(0.05)
-    assert "do not vary" in reward_figures.length_note(None)
+    assert "length-biased, towards longer" in length_note(0.45)
+    assert "leans towards shorter" in length_note(-0.2)
+    assert "hardly follows length" in length_note(0.05)
+    assert "do not vary" in length_note(None)
 
 
 def test_no_known_metrics_give_no_curves() -> None:

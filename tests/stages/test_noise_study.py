@@ -10,8 +10,9 @@ from reward_cases import preference_rows, write_prompts
 from clha.config import NoiseStudy, RewardFit
 from clha.errors import UserError
 from clha.progress import Progress
-from clha.stages import noise_study
-from clha.stages.noise_study import StudyInput, run_study
+from clha.stages import study_cells
+from clha.stages.noise_study import run_study
+from clha.stages.study_cells import StudyInput
 from clha.store import Home
 
 FIT = RewardFit(encoder="tiny", layer=1, folds=3, max_tokens=128)
@@ -34,7 +35,7 @@ def given(home: Home, model: Path) -> StudyInput:
 
 
 def cells(home: Home) -> dict[str, int]:
-    return {kind: len(list((home.artifacts / kind).glob("*/manifest.json"))) for kind in noise_study.CODE_VERSION}
+    return {kind: len(list((home.artifacts / kind).glob("*/manifest.json"))) for kind in study_cells.CODE_VERSION}
 
 
 def test_a_study_reports_every_cell_and_a_second_one_makes_none(
@@ -56,7 +57,7 @@ def test_a_study_reports_every_cell_and_a_second_one_makes_none(
     def no_more(*_: Any) -> None:
         raise AssertionError("a cell was made again")
 
-    monkeypatch.setattr(noise_study, "ArtifactWriter", no_more)
+    monkeypatch.setattr(study_cells, "ArtifactWriter", no_more)
     assert run_study(home, SMALL, FIT, work, Progress()) == results
 
 

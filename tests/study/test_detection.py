@@ -71,10 +71,9 @@ def test_the_arms_weigh_as_their_names_say() -> None:
     reward, train = pairs(500, 0.8, 1, "r"), pairs(500, 0.8, 2, "t")
     found, by_length = detect(reward, train, 0.4, 0, "clean", FIT), detect_by_length(reward, train, 0.4, 0, FIT)
     flipped = flips(train.ids, 0.4, 0)
-    weights = {
-        name: arm_weights(name, found, by_length, flipped, 0)
-        for name in ("none", "calibrated", "shuffled", "length", "oracle")
-    }
+    judges = {"calibrated": found.p_right, "shuffled": found.p_right, "length": by_length.p_right}
+    names = ("none", "calibrated", "shuffled", "length", "oracle")
+    weights = {name: arm_weights(name, judges.get(name), flipped, 0) for name in names}
     assert (weights["none"] == 1).all()
     assert (weights["oracle"] == ~flipped).all()
     assert sorted(weights["shuffled"]) == pytest.approx(sorted(weights["calibrated"]))

@@ -1,0 +1,110 @@
+"""Cells of a noise study: artifacts of their own kinds, found again by what they were made from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clha.digests import digest_of
+from clha.progress import Progress
+from clha.schema import SCHEMA_VERSION
+from clha.store import Artifact, ArtifactWriter, Home
+
+if TYPE_CHECKING:
+    from clha.config import NoiseStudy, RewardFit
+
+CODE_VERSION = {"noise_features": 1, "noise_detection": 2, "noise_training": 1}
+
+# Ways to weight that go by a reward model's judgement of the labels.
+JUDGED = frozenset({"calibrated", "shuffled"})
+
+
+@dataclass(frozen=True)
+class StudyInput:
+    """What a study works on: prompts with labelled pairs, the policy and the reward model's encoder."""
+
+    prepare: Artifact
+    policy: Path
+    encoder: Path
+    models: dict[str, str]  # role -> digest
+
+
+class CellProgress(Progress):
+    """The progress of a study: that of its cells, and which of them it is."""
+
+    def __init__(self, whole: Progress, cells: int) -> None:
+        super().__init__()
+        self._whole = whole
+        self._cells = cells
+        self._begun: set[str] = set()
+
+    def begin(self, key: str) -> None:
+        """A cell is wanted, for the first time or again."""
+        self._begun.add(key)
+
+    def update(self, done: int, total: int, unit: str, note: str = "") -> None:
+        self._whole.update(done, total, unit, f"cell {len(self._begun)} of {self._cells}  {note}".rstrip())
+
+    def log(self, message: str) -> None:
+        self._whole.log(message)
+
+
+def count_cells(settings: NoiseStudy) -> int:
+    """How many cells a study has: the features, its detections, the policies, and the policy as it was."""
+    runs = len(settings.rates) * len(settings.seeds)
+    arms = set(settings.arms) | ({settings.train_arm} if JUDGED & set(settings.weights) else set())
+    trained = runs * len(settings.weights) + len(settings.rates[:1]) if settings.weights else 0
+    return 1 + runs * len(arms) + trained
+
+
+@dataclass
+class Study:
+    """A study under way."""
+
+    home: Home
+    settings: NoiseStudy
+    fit: RewardFit
+    given: StudyInput
+    progress: CellProgress
+
+    def cell(self, kind: str, what: dict[str, Any], make: Callable[[ArtifactWriter], dict[str, Any]]) -> Artifact:
+        """The finished artifact of a cell; `make` writes its files and returns facts, rows_in and rows_out too."""
+        parts = {
+            "kind": kind,
+            "schema_version": SCHEMA_VERSION,
+            "code_version": CODE_VERSION[kind],
+            "inputs": {"prepare": self.given.prepare.content},
+            "models": self.given.models,
+            "settings": what,
+        }
+        key = digest_of(parts)[:24]
+        self.progress.begin(key)
+        with self.home.lock(f"{kind}-{key}", wait_seconds=3600):
+            done = self.home.find(kind, key)
+            if done:
+                return done
+            from clha.rewards.adapters import scoring_device
+            from clha.stages.work import peak_memory_bytes
+            from clha.versions import installed_versions
+
+            writer = ArtifactWriter(self.home, kind, key)
+            facts = make(writer)
+            rows = facts.pop("rows")
+            return writer.finish(
+                rows_in=rows,
+                rows_out=rows,
+                facts={
+                    "node": kind,
+                    "code_version": CODE_VERSION[kind],
+                    "inputs": {"prepare": self.given.prepare.key},
+                    "settings": what,
+                    "key_parts": parts,
+                    "versions": installed_versions(),
+                    "seed": what.get("seed"),
+                    "device": scoring_device(),
+                    "peak_memory_bytes": peak_memory_bytes(),
+                    **facts,
+                },
+            )
