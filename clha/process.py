@@ -21,6 +21,7 @@ PROGRESS_FD = "CLHA_PROGRESS_FD"
 LIFELINE_FD = "CLHA_LIFELINE_FD"
 
 _GRACE_SECONDS = 10.0
+_LAST_WORDS_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -87,13 +88,11 @@ def run_together(
             for child in children:
                 selector.register(child.output, selectors.EVENT_READ, (child, child.lines))
                 selector.register(child.events_in, selectors.EVENT_READ, (child, child.events))
-            while selector.get_map() and not failed:
-                wait = None if deadline is None else max(0.0, deadline - time.monotonic())
-                ready = selector.select(wait)
-                if not ready and deadline is not None and time.monotonic() >= deadline:
+            while not failed and not all(child.is_over() for child in children):
+                if deadline is not None and time.monotonic() >= deadline:
                     timed_out = True
                     break
-                for key, _ in ready:
+                for key, _ in selector.select(_tick(children, deadline)):
                     child, buffer = key.data
                     data = os.read(key.fd, 1 << 16)
                     if not data:
@@ -108,8 +107,7 @@ def run_together(
                     else:
                         for line in buffer.feed(data):
                             on_event(json.loads(line))
-                    if not child.open_pipes:
-                        failed = child.process.wait() != 0 or failed
+                failed = any(child.is_over() and child.process.returncode for child in children)
         codes = [child.process.poll() for child in children]
     finally:
         for child in children:
@@ -149,12 +147,36 @@ class _Child:
         self.output = self.process.stdout
         self.lines, self.events = _Lines(), _Lines()
         self.open_pipes, self.last_line = 2, ""
+        self._dead_since: float | None = None
+
+    def is_over(self) -> bool:
+        """Whether the process has ended and all that it said was read.
+
+        A grandchild may hold its pipes open: they are listened to for a moment only.
+        """
+        if self.process.poll() is None:
+            return False
+        if self._dead_since is None:
+            self._dead_since = time.monotonic()
+        return not self.open_pipes or time.monotonic() - self._dead_since >= _LAST_WORDS_SECONDS
 
     def end(self) -> None:
         end_group(self.process)
         self.output.close()
         os.close(self.events_in)
         os.close(self._life_out)
+
+
+def _tick(children: Sequence[_Child], deadline: float | None) -> float:
+    """Seconds to listen before looking at the processes again; short when one is about to end."""
+    closing = any(not child.open_pipes and child.process.returncode is None for child in children)
+    tick = 0.01 if closing else 0.25
+    return tick if deadline is None else max(0.0, min(tick, deadline - time.monotonic()))
+
+
+def python_module(module: str, *arguments: str) -> list[str]:
+    """The command that runs a module of ours in this interpreter; files in the current folder cannot shadow any."""
+    return [sys.executable, "-P", "-m", module, *arguments]
 
 
 def child_main(work: Callable[[Progress], object]) -> NoReturn:

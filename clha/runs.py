@@ -63,12 +63,24 @@ def load_run(home: Home, name: str) -> Run | None:
         raise UserError(f"{path}: damaged run file; delete it and run again (finished stages are kept)") from None
 
 
+def run_names(home: Home) -> list[str]:
+    """Names of all runs, the one that was written last at the end."""
+    found: list[tuple[float, str]] = []
+    for path in home.runs.glob("*.json"):
+        if _NAME.fullmatch(path.stem):  # not what a killed process left half-written
+            try:
+                found.append((path.stat().st_mtime, path.stem))
+            except FileNotFoundError:
+                continue
+    return [name for _, name in sorted(found)]
+
+
 def existing_run(home: Home, name: str) -> Run:
     """Read a run. Raises UserError when there is none, naming those that exist."""
     run = load_run(home, name)
     if run is None:
-        names = sorted(p.stem for p in home.runs.glob("*.json"))
-        raise UserError(f"no run `{name}` under {home.root}; there is {', '.join(names) or 'none'}")
+        names = ", ".join(sorted(run_names(home)))
+        raise UserError(f"no run `{name}` under {home.root}; there is {names or 'none'}")
     return run
 
 

@@ -179,6 +179,13 @@ class Home:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
+    def put_aside(self, artifact: Artifact) -> Path:
+        """Move a damaged artifact out of the way, so that it is built anew; returns where it lies now."""
+        aside = self.root / "damaged" / artifact.folder.parent.name / f"{artifact.folder.name}-{time.time_ns()}"
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        artifact.folder.rename(aside)
+        return aside
+
     @contextmanager
     def lock(self, name: str, wait_seconds: float = 0) -> Iterator[None]:
         """Hold the lock `name`. It dies with its owner. Raises Busy when another holds it for too long."""

@@ -72,6 +72,7 @@ def run(
     home: HomeOption = HOME,
 ) -> None:
     """Run the chain: build what is missing or stale, reuse the rest, end with a report."""
+    from clha.stages.report import report_is_fresh
     from flows import launch
     from flows.terminal import open_terminal
 
@@ -86,7 +87,7 @@ def run(
         fresh = not force and all(entry.state == "fresh" for entry in planned)
         if fresh:
             state = launch.record_fresh(job, planned)
-            if launch.wants_report(job) and not launch.report_is_fresh(job.home, state):
+            if launch.wants_report(job) and not report_is_fresh(job.home, state):
                 with terminal:
                     launch.build_report(job.home, job.name, job.settings, terminal.listen)
             terminal.say(f"run {job.name}: nothing to do, {_count(len(planned), 'node')} up to date")
@@ -115,15 +116,17 @@ def _run_with_prefect(job: "Job", terminal: "Terminal") -> None:
 
 def _run_without_prefect(job: "Job", terminal: "Terminal") -> None:
     from clha.runs import existing_run
+    from clha.stages.report import report_is_fresh
     from flows import launch
 
     with terminal:
         launch.run_stages(job, terminal.listen)
-        if launch.wants_report(job) and not launch.report_is_fresh(job.home, existing_run(job.home, job.name)):
+        if launch.wants_report(job) and not report_is_fresh(job.home, existing_run(job.home, job.name)):
             launch.build_report(job.home, job.name, job.settings, terminal.listen)
 
 
 def _conclude(job: "Job", terminal: "Terminal", seconds: float) -> None:
+    from clha.reporting.freshness import report_path
     from clha.runs import existing_run
     from flows import launch
 
@@ -134,7 +137,7 @@ def _conclude(job: "Job", terminal: "Terminal", seconds: float) -> None:
             figures, sentence = launch.outcome(metrics)
             terminal.say(f"verdict: {sentence}")
             terminal.say(f"         {figures}")
-        terminal.say(f"report:  {launch.report_path(job.home, job.name)}")
+        terminal.say(f"report:  {report_path(job.home, job.name)}")
         terminal.say(f"UI:      clha ui{_home_option(job.home)}")
     minutes, rest = divmod(round(seconds, 1), 60)
     terminal.say(f"time:    {f'{minutes:.0f} min ' if minutes else ''}{rest:.1f} s")
@@ -174,7 +177,7 @@ def run_stage(
     request.stages()
     place = Home(home)
     if profile is not None and load_run(place, run) is None:
-        job = launch.accept(replace(request, only=None))
+        job = launch.accept(replace(request, only=None, overrides=tuple(set_ or ())))
         with launch.locked(job.home, run):
             launch.begin(job)
     existing_run(place, run)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from clha.config import Settings, load_settings, settings_from
-from clha.digests import digest_of
 from clha.errors import StageFailure, UserError
 from clha.evaluation.verdict import digits_for, signed, verdict
 from clha.models import check_reference, resolve_model
+from clha.reporting.freshness import report_path
 from clha.runs import Run, check_run_name, existing_run, load_run, run_lock, save_run
 from clha.sources.files import local_files, source_paths
 from clha.stages import chain, runner
@@ -68,27 +68,56 @@ def accept(request: Request) -> Job:
     profile, settings = load_settings(request.config, request.profile, request.overrides)
     name = check_run_name(request.run or profile)
     home = Home(request.home)
-    _check_inputs(settings)
     if stages[0] != "prepare":
         existing_run(home, name)  # it must have recorded what comes before
+    previous = load_run(home, name)
+    if previous is not None and len(stages) < len(chain.STAGES):
+        settings = _with_taken(settings, previous, stages, request.overrides)
+    _check_inputs(settings, stages)
     if not chain.select_nodes(settings, stages):
         raise UserError(f"--only {request.only}: nothing to build, the settings give the reward models themselves")
     home.create()
     return Job(request, home, name, profile, settings, stages)
 
 
-def _check_inputs(settings: Settings) -> None:
-    """Raises UserError for data and model folders that are not there, before anything is written."""
-    for path in source_paths(settings.prepare):
-        if not path.startswith("hub:"):
-            local_files(path)
-    for reference in model_references(settings):
+def _with_taken(settings: Settings, run: Run, stages: Sequence[str], overrides: Sequence[str]) -> Settings:
+    """Today's settings for the stages to build, the run's own for those that are taken as it recorded them.
+
+    The run file then says what its artifacts were made from. Raises UserError when an override is for one that is
+    taken and says something else.
+    """
+    today = settings.model_dump(mode="json")
+    taken = {stage: run.settings.get(stage) for stage in chain.STAGES if stage not in stages}
+    for override in overrides:
+        path = override.partition("=")[0].split(".")
+        group = path[0]
+        if group in taken and _at(today, path) != _at(taken, path):
+            raise UserError(
+                f"--set {override}: {group} is not built now but taken as run {run.name} recorded it; "
+                f"leave the setting out, or build {group} too"
+            )
+    return settings_from(today | taken, (), where=f"run {run.name}")
+
+
+def _at(tree: Any, path: Sequence[str]) -> Any:
+    for name in path:
+        tree = tree.get(name) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def _check_inputs(settings: Settings, stages: Sequence[str]) -> None:
+    """Raises UserError for data and models of these stages that are not there, before anything is written."""
+    if "prepare" in stages:
+        for path in source_paths(settings.prepare):
+            if not path.startswith("hub:"):
+                local_files(path)
+    for reference in model_references(settings, stages):
         check_reference(reference)
 
 
-def model_references(settings: Settings) -> list[str]:
-    """All models that the chain loads, each once."""
-    return sorted({ref for node in chain.nodes(settings) for ref in node.models.values()})
+def model_references(settings: Settings, stages: Sequence[str] = chain.STAGES) -> list[str]:
+    """All models that these stages load, each once."""
+    return sorted({ref for node in chain.select_nodes(settings, stages) for ref in node.models.values()})
 
 
 def models_to_make(home: Home, settings: Settings) -> list[str]:
@@ -117,7 +146,7 @@ def locked(home: Home, name: str, wait_seconds: float = 0) -> Iterator[None]:
 
 def plan(job: Job) -> list[chain.Planned]:
     """The nodes to build with their keys and states; other inputs are taken as the run recorded them."""
-    for reference in model_references(job.settings):
+    for reference in model_references(job.settings, job.stages):
         resolve_model(reference, job.home)  # a model that cannot be fetched is said now, not hours later
     run = load_run(job.home, job.name) or Run(job.name, job.profile, {})
     known = {node.name: node for node in chain.nodes(job.settings)}
@@ -182,7 +211,7 @@ def saved_settings(run: Run, overrides: Sequence[str] = ()) -> Settings:
 def amend(home: Home, run: Run, stage: str, overrides: Sequence[str], force: bool) -> list[chain.Node]:
     """Apply `--set` and `--force` to a run's own settings before one of its stages is built; returns its nodes."""
     settings = saved_settings(run, overrides)
-    _check_inputs(settings)
+    _check_inputs(settings, [stage])
     nodes = chain.select_nodes(settings, [stage])
     if not nodes:
         raise UserError(f"{stage}: nothing to build, the settings of run {run.name} give the reward models themselves")
@@ -199,17 +228,6 @@ def run_stages(job: Job, listener: runner.Listener) -> list[runner.Built]:
     """Build the job's stages in this process, without Prefect; what is finished already is reused."""
     run = existing_run(job.home, job.name)
     return [built for stage in job.stages for built in runner.run_stage(job.home, run, job.settings, stage, listener)]
-
-
-def report_path(home: Home, name: str) -> Path:
-    """Where the report of a run lies."""
-    return home.reports / name / "report.html"
-
-
-def report_is_fresh(home: Home, run: Run) -> bool:
-    """Whether the report shows the artifacts that the run points at now."""
-    events = [event for event in run.history if event["event"] == REPORT]
-    return bool(events) and events[-1]["nodes"] == digest_of(run.nodes) and report_path(home, run.name).is_file()
 
 
 def wants_report(job: Job) -> bool:
@@ -236,7 +254,7 @@ def build_report(home: Home, name: str, settings: Settings, listener: runner.Lis
     if not path.is_file():
         raise StageFailure(f"report: its process ended well but left no {path.name}; log: {log}")
     run = existing_run(home, name)
-    run.note(REPORT, nodes=digest_of(run.nodes))
+    run.note(REPORT)
     save_run(home, run)
     listener(REPORT, {"event": "node", "state": "built"})
     return path

@@ -10,8 +10,10 @@ from prefect import flow, runtime, task
 from prefect.cache_policies import NO_CACHE
 
 from clha.digests import seed_of
+from clha.reporting.freshness import report_path
 from clha.runs import Run, existing_run, load_run, save_run
 from clha.stages import chain, runner
+from clha.stages.report import report_is_fresh
 from clha.store import Home
 from flows import launch, present
 from flows.evaluate import evaluate
@@ -82,8 +84,8 @@ def make_report(home: str, run: str) -> str:
     """Build the report, unless it shows this very run already; returns its path."""
     place = Home(Path(home))
     state = existing_run(place, run)
-    if launch.report_is_fresh(place, state):
-        return str(launch.report_path(place, run))
+    if report_is_fresh(place, state):
+        return str(report_path(place, run))
     return str(launch.build_report(place, run, launch.saved_settings(state), listener_for(run, launch.REPORT)))
 
 

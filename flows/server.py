@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from clha.errors import StageFailure, UserError
-from clha.process import end_group
+from clha.process import end_group, python_module
 from clha.store import Home, write_atomic
 
 DEFAULT_PORT = 4200
@@ -151,7 +151,7 @@ def running_server(
     api = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}/api"
     with open(log, "ab") as log_file:
         child = subprocess.Popen(
-            [sys.executable, "-m", "flows.server", str(home.root), host, str(port), str(lifeline_in)],
+            python_module("flows.server", str(home.root), host, str(port), str(lifeline_in)),
             stdin=subprocess.DEVNULL,
             stdout=log_file,
             stderr=subprocess.STDOUT,

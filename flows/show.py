@@ -3,15 +3,17 @@
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from clha.config import Settings, load_settings
 from clha.errors import UserError
-from clha.runs import Run, existing_run, load_run
+from clha.process import python_module
+from clha.reporting.freshness import report_path
+from clha.runs import Run, existing_run, load_run, run_names
 from clha.stages import chain, runner
+from clha.stages.report import report_is_fresh
 from clha.store import Home
 from flows import launch, server
 
@@ -19,10 +21,10 @@ from flows import launch, server
 def chosen_run(home: Home, name: str | None) -> Run:
     """The run of that name, or the one that changed last. Raises UserError when there is none."""
     if name is None:
-        files = sorted(home.runs.glob("*.json"), key=lambda path: path.stat().st_mtime)
-        if not files:
+        names = run_names(home)
+        if not names:
             raise UserError(f"no run under {home.root} yet; start one with `clha run`")
-        name = files[-1].stem
+        name = names[-1]
     return existing_run(home, name)
 
 
@@ -31,7 +33,7 @@ def status(place: Path, name: str | None, *, as_json: bool) -> str:
     home = Home(place)
     run = chosen_run(home, name)
     rows = runner.status(home, run, launch.saved_settings(run))
-    report = launch.report_path(home, run.name) if launch.report_is_fresh(home, run) else None
+    report = report_path(home, run.name) if report_is_fresh(home, run) else None
     if as_json:
         body = {"run": run.name, "profile": run.profile, "report": str(report) if report else None, "nodes": rows}
         return json.dumps(body, indent=1, ensure_ascii=False)
@@ -43,6 +45,7 @@ def status(place: Path, name: str | None, *, as_json: bool) -> str:
         shown = ["" if figure is None else str(figure) for figure in figures]
         table.append([row["node"], row["state"], *shown, seconds, folder])
     lines = [f"run {run.name} (profile {run.profile}) in {home.root}", *_columns(table, right=range(2, 6))]
+    lines += [f"{row['node']}: {row['reason']}" for row in rows if row["reason"]]
     lines.append(f"report: {report}" if report else "report: none for these artifacts yet")
     return "\n".join(lines)
 
@@ -98,8 +101,8 @@ def runs(place: Path, *, as_json: bool) -> str:
     """All runs: profile, when last worked on, how many nodes are recorded, whether there is a report."""
     home = Home(place)
     rows = []
-    for path in sorted(home.runs.glob("*.json")):
-        run = load_run(home, path.stem)
+    for name in sorted(run_names(home)):
+        run = load_run(home, name)
         if run is None:
             continue
         last = run.history[-1] if run.history else {"at": "", "event": ""}
@@ -110,7 +113,7 @@ def runs(place: Path, *, as_json: bool) -> str:
                 "nodes": len(run.nodes),
                 "last": last["at"],
                 "event": " ".join(filter(None, (last["event"], last.get("node")))),
-                "report": str(launch.report_path(home, run.name)) if launch.report_is_fresh(home, run) else None,
+                "report": str(report_path(home, run.name)) if report_is_fresh(home, run) else None,
             }
         )
     if as_json:
@@ -165,9 +168,7 @@ def doctor(place: Path, config: Path, profile: str | None, *, as_json: bool) -> 
 
 def _probe() -> dict[str, Any]:
     """Ask a child process: the command line itself stays free of torch."""
-    done = subprocess.run(
-        [sys.executable, "-m", "clha.devices"], capture_output=True, text=True, check=False, timeout=300
-    )
+    done = subprocess.run(python_module("clha.devices"), capture_output=True, text=True, check=False, timeout=300)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise UserError(f"the installed packages do not work together: {last}; `make env` builds the environment")

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from clha.process import Ended, run_child, run_together
+from clha.process import Ended, python_module, run_child, run_together
 
 
 def child(tmp_path: Path, code: str, **options) -> tuple[Ended, list, list]:
@@ -67,6 +67,28 @@ def test_a_child_that_takes_too_long_is_ended_with_its_own_children(tmp_path: Pa
     assert wait_until_gone(int(lines[0]))
 
 
+def test_a_killed_child_is_noticed_though_its_own_child_holds_its_pipes(tmp_path: Path):
+    code = (
+        "import os, signal, subprocess; p = subprocess.Popen(['sleep', '300']); print(p.pid, flush=True);"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    ended, lines, _ = child(tmp_path, code, timeout_seconds=120)
+    assert ended.returncode == -signal.SIGKILL and not ended.timed_out
+    assert wait_until_gone(int(lines[0]))
+
+
+def test_a_child_that_closes_its_pipes_and_hangs_is_timed_out(tmp_path: Path):
+    code = "import os, time; [os.close(fd) for fd in (1, 2, int(os.environ['P_FD']))]; time.sleep(300)"
+    ended, _, _ = child(tmp_path, code, timeout_seconds=2)
+    assert ended.timed_out and ended.returncode == -signal.SIGTERM
+
+
+def test_a_module_in_the_current_folder_does_not_shadow_ours(tmp_path: Path):
+    (tmp_path / "dataclasses.py").write_text("raise SystemExit('shadowed')")
+    done = subprocess.run(python_module("clha.devices"), cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "shadowed" not in done.stderr
+
+
 def test_an_exception_in_the_parent_ends_the_child(tmp_path: Path):
     code = "import os, time; print(os.getpid(), flush=True); time.sleep(300)"
     pids = []
@@ -96,7 +118,7 @@ def test_a_stage_process_ends_when_its_parent_is_killed(tmp_path: Path):
     parent_code = f"""
 import os, sys
 from pathlib import Path
-from clha.process import run_child
+from clha.process import python_module, run_child
 run_child([sys.executable, "-c", {child_code!r}], environment=dict(os.environ), log=Path({str(tmp_path / "l")!r}),
           on_event=print, on_line=lambda x: print(x, flush=True))
 """

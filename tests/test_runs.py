@@ -1,17 +1,26 @@
 """Run files: names cannot leave their folder, what is written is read back, damage is one line."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from clha.errors import UserError
-from clha.runs import Run, check_run_name, existing_run, load_run, run_lock, save_run
+from clha.runs import Run, check_run_name, existing_run, load_run, run_lock, run_names, save_run
 from clha.store import Busy, Home
 
 
 @pytest.fixture
 def home(tmp_path: Path) -> Home:
     return Home(tmp_path).create()
+
+
+def test_what_a_killed_process_left_half_written_is_no_run(home: Home):
+    save_run(home, Run("old", "demo", {}))
+    save_run(home, Run("new", "demo", {}))
+    os.utime(home.runs / "old.json", (1, 1))
+    (home.runs / ".tmp-99-new.json").write_text("{")
+    assert run_names(home) == ["old", "new"]
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "../x", ".hidden", "a b", "a\n", "-x", "x" * 101, "ä", "a\\b", "a\0"])

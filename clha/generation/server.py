@@ -58,10 +58,7 @@ def served_identity(url: str) -> dict[str, str]:
     try:
         server = served(url, attempts=1)
     except TransientFailure as failure:
-        raise UserError(
-            f"{failure}; start the server, take what it generated as recorded (--from rescore), or set "
-            "generate.engine.mode: in_process"
-        ) from None
+        raise UserError(f"{failure}; start the server, or set generate.engine.mode: in_process") from None
     return {"model": Path(server.name).name, "version": server.version}
 
 

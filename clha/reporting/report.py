@@ -5,27 +5,18 @@ import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from clha.digests import digest_of
 from clha.reporting import overview, sections
+from clha.reporting.freshness import is_fresh, made_of, report_path
 from clha.reporting.text import duration, literal, number, percent, size, typeset
 from clha.runs import Run
 from clha.store import Artifact, Home, write_atomic
 
-# Raise it when the report says other things about the same run: reports are then written anew.
-REPORT_VERSION = 3
-
 # No script at all, nothing from elsewhere: whatever a model wrote, the page only shows it.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
-
-
-def report_path(home: Home, run_name: str) -> Path:
-    """Where the report of a run lies."""
-    return home.reports / run_name / "report.html"
 
 
 def build_report(home: Home, run: Run, nodes: Mapping[str, Artifact]) -> Path:
@@ -36,12 +27,7 @@ def build_report(home: Home, run: Run, nodes: Mapping[str, Artifact]) -> Path:
     """
     page = report_path(home, run.name)
     folder = page.parent
-    made_of = {
-        "version": REPORT_VERSION,
-        "nodes": {name: a.key for name, a in nodes.items()},
-        "settings": digest_of(run.settings),
-    }
-    if page.is_file() and _recorded(folder / "report.json") == made_of:
+    if is_fresh(home, run, nodes):
         return page
     parts = _parts(run, nodes)
     figures = sections.all_figures(parts)
@@ -52,15 +38,8 @@ def build_report(home: Home, run: Run, nodes: Mapping[str, Artifact]) -> Path:
     for stale in {*folder.glob("figures/*.png")} - {folder / "figures" / f"{f.name}.png" for f in figures}:
         stale.unlink()
     write_atomic(page, html.encode("utf-8", "replace"))
-    write_atomic(folder / "report.json", json.dumps(made_of, indent=1).encode())
+    write_atomic(folder / "report.json", json.dumps(made_of(run, nodes), indent=1).encode())
     return page
-
-
-def _recorded(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def _parts(run: Run, nodes: Mapping[str, Artifact]) -> dict[str, sections.Section | None]:

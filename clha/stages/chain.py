@@ -47,18 +47,19 @@ class Node:
         return kind_of(self.name)
 
 
-State = Literal["fresh", "stale", "waiting"]
+State = Literal["fresh", "stale", "waiting", "unknown"]
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A node with its key. `waiting`: its key is not known before an input is built."""
+    """A node with its key. `waiting`: its key is not known before an input is built; `unknown`: see `reason`."""
 
     node: Node
     state: State
     key: str | None = None
     parts: dict[str, Any] = field(default_factory=dict)
     artifact: Artifact | None = None
+    reason: str = ""  # why the key cannot be known now: data moved away, a server that is down
 
 
 def nodes(settings: Settings) -> list[Node]:
@@ -190,18 +191,20 @@ def plan_node(home: Home, run: Run, settings: Settings, node: Node, inputs: Mapp
     return Planned(node, "fresh" if artifact else "stale", key, parts, artifact)
 
 
-def plan(home: Home, run: Run, settings: Settings, *, taken: Iterable[str] = ()) -> list[Planned]:
-    """All nodes of the chain with their keys and states.
+def plan(home: Home, run: Run, settings: Settings) -> list[Planned]:
+    """All nodes of the chain with their keys and states, for those who only look.
 
-    `taken`: stages whose artifacts are used as the run recorded them, whatever the settings say now.
+    A node whose key cannot be known now is `unknown`; what follows is planned with its recorded artifact.
     """
     done: dict[str, Artifact] = {}
     planned: list[Planned] = []
     for node in nodes(settings):
-        if node.stage in taken:
-            entry = taken_node(home, run, node)
-        elif all(name in done for name in node.inputs):
-            entry = plan_node(home, run, settings, node, done)
+        if all(name in done for name in node.inputs):
+            try:
+                entry = plan_node(home, run, settings, node, done)
+            except UserError as error:
+                recorded = home.find(node.kind, run.nodes.get(node.name, ""))
+                entry = Planned(node, "unknown", artifact=recorded, reason=str(error))
         else:
             entry = Planned(node, "waiting")
         if entry.artifact is not None:
@@ -223,6 +226,8 @@ def why(run: Run, home: Home, planned: Planned) -> list[str]:
     """One line for each part of the key that differs from what the run recorded, old and new value."""
     name = planned.node.name
     old_key = run.nodes.get(name)
+    if planned.state == "unknown":
+        return [f"{name}: cannot be told, {planned.reason}"]
     if planned.state == "waiting":
         return [f"{name}: waits for {', '.join(planned.node.inputs)}"]
     if old_key is None:

@@ -40,6 +40,13 @@ def build_node(home: Home, run_name: str, node_name: str, key: str, progress: Pr
             artifact = home.find(kind_of(name), run.nodes.get(name, ""))
             if artifact is None:
                 raise StageFailure(f"{node_name}: its input {name} is missing or damaged; run again to rebuild it")
+            damage = artifact.damage(deep=True)
+            if damage is not None:
+                aside = home.put_aside(artifact)
+                raise StageFailure(
+                    f"{node_name}: its input {name} was damaged on disk ({damage}) and is put aside in {aside}; "
+                    "run again to rebuild it"
+                )
             inputs[name] = artifact
         planned = plan_node(home, run, settings, node, inputs)
         if planned.key != key:

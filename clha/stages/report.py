@@ -25,6 +25,16 @@ def make_report(home: Home, run_name: str) -> Path:
     return build_report(home, run, built)
 
 
+def report_is_fresh(home: Home, run: Run) -> bool:
+    """Whether the report shows the artifacts that the run points at now."""
+    from clha.reporting.freshness import is_fresh
+
+    try:
+        return is_fresh(home, run, built_nodes(home, run))
+    except UserError:  # its settings are those of another version
+        return False
+
+
 def built_nodes(home: Home, run: Run) -> dict[str, Artifact]:
     """The run's finished artifacts by node, in the order of the chain."""
     from clha.stages.chain import nodes

@@ -1,7 +1,6 @@
 """Builds stages: plans each node, reuses what is fresh, otherwise runs a child process until it is built."""
 
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 
 from clha.config import Settings
 from clha.errors import StageFailure, TransientFailure
-from clha.process import run_child
+from clha.process import python_module, run_child
 from clha.progress import Event, failure_of
 from clha.runs import Run, save_run
 from clha.stages import chain
@@ -133,7 +132,7 @@ def run_module(
             listener(name, event)
 
     ended = run_child(
-        [sys.executable, "-m", module, *arguments],
+        python_module(module, *arguments),
         environment=child_environment(settings),
         log=log,
         on_event=hear,
@@ -182,7 +181,7 @@ def start_run(home: Home, name: str, profile: str, settings: Settings, previous:
 
 
 def status(home: Home, run: Run, settings: Settings, stages: Iterable[str] = chain.STAGES) -> list[dict[str, Any]]:
-    """Per node: key, state (fresh, stale, waiting, damaged), artifact folder, rows in, out and quarantined."""
+    """Per node: key, state (fresh, stale, waiting, unknown, damaged), artifact folder, rows in, out, quarantined."""
     rows = []
     for planned in chain.plan(home, run, settings):
         if planned.node.stage not in stages:
@@ -199,6 +198,7 @@ def status(home: Home, run: Run, settings: Settings, stages: Iterable[str] = cha
                 "stage": planned.node.stage,
                 "key": key,
                 "state": state,
+                "reason": planned.reason,
                 "folder": str(recorded.folder) if recorded else None,
                 "rows_in": manifest.get("rows_in"),
                 "rows_out": manifest.get("rows_out"),

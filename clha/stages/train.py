@@ -5,12 +5,11 @@ Losses of the DPO family compare with the policy before training: `reference` ho
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clha.errors import StageFailure, TransientFailure, UserError
-from clha.process import Ended, run_together
+from clha.process import Ended, python_module, run_together
 from clha.progress import Event, failure_of
 from clha.stages.train_process import RENDEZVOUS, Job, outcome_path, train_policy
 
@@ -125,7 +124,7 @@ def _in_processes(work: "Work", job: Job) -> dict[str, Any]:
             work.progress.forward(event)
 
     ended = run_together(
-        [[sys.executable, "-m", "clha.stages.train_process", str(path)]] * count,
+        [python_module("clha.stages.train_process", str(path))] * count,
         environments=[_environment(rank, count, rendezvous) for rank in range(count)],
         log=None,
         on_event=hear,

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from flow_cases import files_below
 
-from clha.digests import digest_of
 from clha.errors import StageFailure, UserError
-from clha.runs import Run, existing_run, load_run
+from clha.runs import existing_run, load_run, save_run
+from clha.stages import runner
+from clha.stages.report import report_is_fresh
 from clha.store import Busy, Home
 from flows import launch
 from flows.launch import Request
@@ -55,7 +56,7 @@ def test_a_plan_takes_what_comes_before_as_the_run_recorded_it(prepared: launch.
     changed = (*request_on_pairs.overrides, "prepare.split_seed=5")
     whole = launch.plan(launch.accept(replace(request_on_pairs, overrides=changed)))
     assert whole[0].state == "stale" and whole[1].state == "waiting"
-    rest = launch.plan(launch.accept(replace(request_on_pairs, overrides=changed, from_stage="fit_reward")))
+    rest = launch.plan(launch.accept(replace(request_on_pairs, from_stage="fit_reward")))
     assert rest[0].node.name == "fit_reward.train" and rest[0].state == "stale"
 
 
@@ -110,16 +111,60 @@ def test_the_lock_of_a_run_is_shared_inside_one_process_and_held_against_others(
         pass
 
 
-def test_a_report_is_fresh_while_the_run_points_at_what_it_shows(home: Home):
-    run = Run("r", "smoke", {}, {"evaluate": "k1"})
-    assert not launch.report_is_fresh(home, run)
-    run.note("report", nodes=digest_of(run.nodes))
-    assert not launch.report_is_fresh(home, run), "noted, but not there"
-    launch.report_path(home, "r").parent.mkdir(parents=True)
-    launch.report_path(home, "r").write_text("<html>")
-    assert launch.report_is_fresh(home, run)
-    run.nodes["evaluate"] = "k2"
-    assert not launch.report_is_fresh(home, run)
+def test_a_report_is_fresh_while_the_run_points_at_what_it_shows(prepared: launch.Job):
+    home = prepared.home
+    run = existing_run(home, prepared.name)
+    assert not report_is_fresh(home, run)
+    page = launch.build_report(home, run.name, prepared.settings, silent)
+    run = existing_run(home, prepared.name)
+    assert report_is_fresh(home, run)
+    body = page.read_text()
+    page.unlink()
+    assert not report_is_fresh(home, run), "recorded, but not there"
+    page.write_text(body)
+    assert report_is_fresh(home, run)
+    run.nodes["prepare"] = "another"
+    assert not report_is_fresh(home, run)
+
+
+def test_what_is_taken_as_recorded_keeps_the_settings_that_it_was_made_with(prepared: launch.Job):
+    """Otherwise the run file would say that the finished artifact came from data that it never saw."""
+    asked = replace(prepared.request, overrides=(), only="fit_reward")
+    elsewhere = launch.accept(replace(asked, overrides=("fit_reward.train.seed=7",)))
+    assert elsewhere.settings.prepare == prepared.settings.prepare and elsewhere.settings.fit_reward is not None
+    assert elsewhere.settings.fit_reward.train.seed == 7
+    with pytest.raises(UserError, match=r"^--set prepare.split_seed=5: prepare is not built now but taken as run "):
+        launch.accept(replace(asked, overrides=("prepare.split_seed=5",)))
+
+
+def test_a_finished_stage_is_looked_at_and_built_upon_without_its_data(prepared: launch.Job, tmp_path: Path):
+    gone = str(tmp_path / "moved.jsonl")
+    run = existing_run(prepared.home, prepared.name)
+    run.settings["prepare"]["path"] = [gone]
+    save_run(prepared.home, run)
+    rows = runner.status(prepared.home, run, launch.saved_settings(run))
+    states = {row["node"]: row["state"] for row in rows}
+    assert states["prepare"] == "unknown" and gone in rows[0]["reason"] and rows[0]["rows_out"]
+    assert states["generate"] == "stale", "planned on what the run recorded"
+    job = launch.accept(replace(prepared.request, overrides=(), only="fit_reward"))
+    assert {entry.state for entry in launch.plan(job)} == {"stale"}
+    with pytest.raises(UserError, match="no file at"):
+        launch.accept(replace(prepared.request, overrides=(f"prepare.path={gone}",)))
+
+
+def test_a_damaged_input_is_put_aside_and_built_anew(prepared: launch.Job):
+    home = prepared.home
+    folder = home.artifact_folder("prepare", existing_run(home, prepared.name).nodes["prepare"])
+    shard = folder / "prompts-00000.parquet"
+    whole = shard.read_bytes()
+    middle = len(whole) // 2
+    shard.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    job = launch.accept(replace(prepared.request, overrides=(), only="fit_reward"))
+    with pytest.raises(StageFailure, match=r"input prepare was damaged on disk \(prompts-00000.parquet .*run again"):
+        launch.run_stages(job, silent)
+    assert not folder.exists() and list((home.root / "damaged" / "prepare").iterdir())
+    launch.run_stages(replace(prepared, stages=("prepare",)), silent)
+    assert shard.read_bytes() == whole
 
 
 def test_a_report_that_cannot_be_built_is_one_line_with_its_log(prepared: launch.Job):
