@@ -18,7 +18,6 @@ from clha.progress import Event
 from clha.runs import Run, check_run_name, existing_run, load_run, run_lock, save_run
 from clha.sources.files import local_files, source_paths
 from clha.stages import chain, runner
-from clha.stages.child import LIFELINE_FD, PROGRESS_FD
 from clha.store import Artifact, Home
 
 REPORT = "report"  # listed among the nodes on the terminal, though it is no artifact
@@ -77,6 +76,9 @@ def accept(request: Request) -> Job:
         existing_run(home, name)  # it must have recorded what comes before
     if not chain.select_nodes(settings, stages):
         raise UserError(f"--only {request.only}: nothing to build, the settings give the reward models themselves")
+    lora = settings.train.lora
+    if "evaluate" in stages and lora is not None and not lora.merge:
+        raise UserError("train.lora.merge is false: an adapter alone cannot be evaluated; merge it, or use --only")
     home.create()
     return Job(request, home, name, profile, settings, stages)
 
@@ -243,8 +245,6 @@ def build_report(home: Home, name: str, settings: Settings, listener: runner.Lis
         on_event=hear,
         on_line=lambda line: listener(REPORT, {"event": "output", "line": line}),
         timeout_seconds=settings.execution.timeout_minutes * 60,
-        progress_fd=PROGRESS_FD,
-        lifeline_fd=LIFELINE_FD,
     )
     if ended.timed_out:
         raise StageFailure(f"report: not finished after {settings.execution.timeout_minutes:g} minutes; log: {log}")
