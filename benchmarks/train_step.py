@@ -5,9 +5,10 @@ The reference's way: n right-padded passes with a log-softmax over the whole voc
 loss, no reference model) and its DPO trainer, at n = 2. Ours: prompts shared, packed rows, chunked log-probabilities.
 Each way runs in a process of its own; one round runs all ways once, so that all see the same weather on the machine.
 Printed per way: median seconds, useful tokens per second, peak memory, and useful GFLOP/s as a share of the peak of
-matrix products of the model's own shapes, measured in the same round.
+matrix products of the model's own shapes, measured in the same round; and the ratios to ours (without ours: to the
+first way).
 
-usage: train_step.py MODEL --data hh.jsonl[.gz] [--candidates 4] [--prompts 8] [--rounds 5] [--ways ours,reference]
+usage: train_step.py MODEL --data hh.jsonl[.gz] [--n 4] [--prompts 8] [--rounds 5] [--ways ours,reference]
        MODEL is a Hugging Face folder; the data are HH-RLHF pairs.
 """
 
@@ -22,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def ranked_prompts(args: argparse.Namespace, tokenizer: Any) -> list[Any]:
     draw = np.random.default_rng(args.seed)
     rows = [pairs[i] for i in draw.permutation(len(pairs))[: args.prompts]]
     pool = [response for _, chosen, rejected in pairs for response in (chosen, rejected)]
-    prompts, n = [], args.candidates
+    prompts, n = [], args.n
     for number, (messages, chosen, rejected) in enumerate(rows):
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
         texts = [chosen, rejected, *(pool[i] for i in draw.integers(len(pool), size=max(n - 2, 0)))][:n]
@@ -89,8 +90,19 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     return model.train(), AutoTokenizer.from_pretrained(args.model)
 
 
+def work_of(args: argparse.Namespace, model: Any, prompts: list[Any]) -> dict[str, float]:
+    """What a step has to compute, whichever way it goes: {"tokens", "flops"}."""
+    import torch
+
+    from clha.training.batches import Layout
+    from clha.training.flops import training_flops
+
+    batches = Layout(True, torch.device("cpu")).micro_batches(prompts, args.budget)
+    return {"tokens": sum(b.tokens for b in batches), "flops": sum(training_flops(model, b) for b in batches)}
+
+
 def ours(args: argparse.Namespace) -> tuple[Callable[[], float], dict[str, float]]:
-    """Our step, and what it had to compute: {"tokens", "flops"}."""
+    """Our step."""
     from clha.training.memory import keep_freed_memory
 
     keep_freed_memory()
@@ -98,19 +110,15 @@ def ours(args: argparse.Namespace) -> tuple[Callable[[], float], dict[str, float
 
     from clha.training import policy
     from clha.training.batches import Layout
-    from clha.training.flops import training_flops
     from clha.training.logprobs import sum_by_response
     from clha.training.objectives import count, objective
 
     model, tokenizer = load(args)
     policy.attach(model)
     prompts = ranked_prompts(args, tokenizer)
-    layout, over = Layout(True, torch.device("cpu")), count(prompts, args.candidates)
+    layout, over = Layout(True, torch.device("cpu")), count(prompts, args.n)
     settings = {"margin": 3.0, "sft_weight": 0.05, "sft_by": "sum", "beta": 0.1, "label_smoothing": 0.0}
-    work = {"tokens": 0.0, "flops": 0.0}
-    for batch in layout.micro_batches(prompts, args.budget):
-        work["tokens"] += batch.tokens
-        work["flops"] += training_flops(model, batch)
+    work = work_of(args, model, prompts)
 
     def step() -> float:
         total = 0.0
@@ -136,7 +144,7 @@ def reference(args: argparse.Namespace) -> tuple[Callable[[], float], dict[str, 
 
     def step() -> float:
         sums, lengths = [], []
-        for k in range(args.candidates):
+        for k in range(args.n):
             full = [torch.tensor([*p.prompt.tolist(), *p.responses[k].tolist()]) for p in prompts]
             width = max(map(len, full))
             ids = torch.full((len(full), width), tokenizer.eos_token_id)
@@ -160,7 +168,7 @@ def reference(args: argparse.Namespace) -> tuple[Callable[[], float], dict[str, 
         loss.backward()
         return float(loss.detach())
 
-    return with_optimizer(model, step), {}
+    return with_optimizer(model, step), work_of(args, model, prompts)
 
 
 def with_optimizer(model: Any, backward: Callable[[], float]) -> Callable[[], float]:
@@ -188,6 +196,7 @@ def trl(args: argparse.Namespace, kind: str) -> tuple[Callable[[], float], dict[
 
     model, tokenizer = load(args)
     prompts = ranked_prompts(args, tokenizer)
+    work = work_of(args, model, prompts)
     rows = [
         {
             "prompt": tokenizer.decode(p.prompt),
@@ -229,7 +238,7 @@ def trl(args: argparse.Namespace, kind: str) -> tuple[Callable[[], float], dict[
     def backward() -> float:
         return float(trainer.training_step(trainer.model, dict(batch)))
 
-    return with_optimizer(trainer.model, backward), {}
+    return with_optimizer(trainer.model, backward), work
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------
@@ -288,11 +297,11 @@ def serve(args: argparse.Namespace) -> None:
 
 
 class Served:
-    """The other end of `serve`."""
+    """The other end of `serve`; `argv` are its arguments, by default those of this process."""
 
-    def __init__(self, way: str) -> None:
+    def __init__(self, way: str, argv: Sequence[str] | None = None) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, __file__, *sys.argv[1:], "--way", way],
+            [sys.executable, str(Path(__file__).resolve()), *(argv or sys.argv[1:]), "--way", way],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -319,62 +328,71 @@ class Served:
         self.process.wait()
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
+    """What both this script and growth.py take."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--data", type=Path, required=True, help="HH-RLHF pairs, JSON lines, .gz or plain")
-    parser.add_argument("--candidates", type=int, default=4)
+    parser.add_argument("--n", type=int, default=4, help="candidates per prompt")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--budget", type=int, default=4096, help="tokens per micro-batch of ours")
-    parser.add_argument("--ways", default="ours,reference")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--cpu-time", action="store_true", help="processor time instead of wall time: for busy machines"
     )
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    return parser
+
+
+def main() -> None:
+    parser = arguments()
+    parser.add_argument("--ways", default="ours,reference", help=", ".join(WAYS))
     args = parser.parse_args()
     if args.way:
         serve(args)
         return
-    served = {way: Served(way) for way in args.ways.split(",")}
+    ways = args.ways.split(",")
+    unknown = sorted(set(ways) - set(WAYS))
+    if unknown:
+        parser.error(f"--ways {unknown[0]}: there are {', '.join(WAYS)}")
+    if args.n != 2 and any(way.startswith("trl") for way in ways):
+        parser.error("TRL's ways take pairs: give --n 2")
+    served = {way: Served(way) for way in ways}
     for way in served.values():
         way.ask("step")  # the first one allocates
+    base = "ours" if "ours" in served else ways[0]
     answers: dict[str, list[dict[str, float]]] = {way: [] for way in served}
-    shares = []
-    work = served["ours"].work
+    peaks = []
     for _ in range(args.rounds):
         for name, way in served.items():
             answers[name].append(way.ask("step"))
-        peak = served["ours"].ask("peak")["peak"]
-        shares.append((work["flops"] / answers["ours"][-1]["seconds"], peak))
+        peaks.append(served[base].ask("peak")["peak"])
     for way in served.values():
         way.close()
-    report(args, answers, shares, work)
+    report(args, answers, peaks, served[base].work, base)
 
 
-def report(args: argparse.Namespace, answers: dict[str, Any], shares: list[tuple[float, float]], work: Any) -> None:
+def report(args: argparse.Namespace, answers: dict[str, Any], peaks: list[float], work: Any, base: str) -> None:
     clock = "processor time" if args.cpu_time else "wall time"
+    print(f"{args.prompts} prompts, {args.n} candidates, {args.rounds} rounds, {args.threads} threads, {clock}")
     print(
-        f"{args.prompts} prompts, {args.candidates} candidates, {args.rounds} rounds, {args.threads} threads, {clock}"
+        f"tokens that have to be computed: {work['tokens']:.0f}; {work['flops'] / 1e9:.0f} GFLOP; peak of the model's "
+        f"own shapes {statistics.median(peaks) / 1e9:.0f} GFLOP/s ({min(peaks) / 1e9:.0f} to {max(peaks) / 1e9:.0f})"
     )
-    print(f"tokens that have to be computed: {work['tokens']:.0f}; {work['flops'] / 1e9:.0f} GFLOP")
-    median = {way: statistics.median(a["seconds"] for a in rows) for way, rows in answers.items()}
     memory = {way: max(a["peak_gb"] for a in rows) for way, rows in answers.items()}
     for way, rows in answers.items():
-        ratio = statistics.median(a["seconds"] / b["seconds"] for a, b in zip(rows, answers["ours"], strict=True))
+        seconds = [a["seconds"] for a in rows]
+        median = statistics.median(seconds)
+        ratio = statistics.median(a["seconds"] / b["seconds"] for a, b in zip(rows, answers[base], strict=True))
+        share = statistics.median(work["flops"] / s / peak for s, peak in zip(seconds, peaks, strict=True))
         print(
-            f"{way:10} {median[way]:7.2f} s ({min(a['seconds'] for a in rows):.2f} to "
-            f"{max(a['seconds'] for a in rows):.2f})  {work['tokens'] / median[way]:6.0f} useful tokens/s  "
-            f"{memory[way]:5.2f} GB  {ratio:5.2f} times our time  {memory[way] / memory['ours']:4.2f} times our memory"
-            f"  loss {rows[-1]['loss']:.4f}"
+            f"{way:10} {median:7.2f} s ({min(seconds):.2f} to {max(seconds):.2f})  {work['tokens'] / median:6.0f} "
+            f"useful tokens/s  {work['flops'] / median / 1e9:4.0f} useful GFLOP/s, {share:.2f} of the peak  "
+            f"{memory[way]:5.2f} GB  {ratio:5.2f} x time, {memory[way] / memory[base]:4.2f} x memory of {base}  "
+            f"loss {rows[-1]['loss']:.4f}"
         )
-    share = statistics.median(achieved / peak for achieved, peak in shares)
-    print(
-        f"ours: {statistics.median(a for a, _ in shares) / 1e9:.0f} useful GFLOP/s, "
-        f"{statistics.median(p for _, p in shares) / 1e9:.0f} peak of its own shapes: {share:.2f} of it"
-    )
 
 
 if __name__ == "__main__":

@@ -76,6 +76,9 @@ def accept(request: Request) -> Job:
     _check_inputs(settings, stages)
     if not chain.select_nodes(settings, stages):
         raise UserError(f"--only {request.only}: nothing to build, the settings give the reward models themselves")
+    lora = settings.train.lora
+    if "evaluate" in stages and lora is not None and not lora.merge:
+        raise UserError("train.lora.merge is false: an adapter alone cannot be evaluated; merge it, or use --only")
     home.create()
     return Job(request, home, name, profile, settings, stages)
 

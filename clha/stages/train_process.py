@@ -96,6 +96,7 @@ def train_policy(job: Job, progress: Progress) -> dict[str, Any]:
     evaluates = bool(own.eval_steps and len(dev_set))
     if own.keep_best and not evaluates:
         raise UserError("train: keep_best needs prompts of split dev, there are none; see prepare.splits and limits")
+    transformers.set_seed(own.seed)  # a new adapter begins at random
     trainer = ClhaTrainer(
         with_adapter(AutoModelForCausalLM.from_pretrained(job.policy, dtype=torch.float32), own.lora),
         _arguments(settings, job, evaluates=evaluates),

@@ -34,8 +34,10 @@ def training_flops(model: Any, batch: MicroBatch) -> float:
 
 def peak_flops(device: torch.device, dtype: torch.dtype = torch.float32, rows: int = 1024, width: int = 1024) -> float:
     """Operations per second of a matrix product on this device, the best of a few."""
-    a = torch.randn(rows, width, device=device, dtype=dtype)
-    b = torch.randn(width, width, device=device, dtype=dtype)
+    # A generator of its own: dropout goes on with the global one, also in a run that was resumed.
+    draw = torch.Generator(device).manual_seed(0)
+    a = torch.randn(rows, width, device=device, dtype=dtype, generator=draw)
+    b = torch.randn(width, width, device=device, dtype=dtype, generator=draw)
     best = float("inf")
     for _ in range(5):
         start = time.perf_counter()

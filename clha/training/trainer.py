@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, Trainer, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from clha.training import checks, policy
@@ -55,6 +55,7 @@ class ClhaTrainer(Trainer):
         if peft_config is not None:
             from peft import get_peft_model
 
+            set_seed(args.seed)  # an adapter begins at random
             model = get_peft_model(model, peft_config)
         super().__init__(
             model=model,

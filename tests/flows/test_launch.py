@@ -46,6 +46,13 @@ def test_the_run_is_named_after_the_profile_unless_it_is_given_a_name(request_on
     assert launch.accept(replace(request_on_pairs, run="other")).name == "other"
 
 
+def test_an_adapter_that_is_not_merged_is_refused_where_it_would_be_evaluated(request_on_pairs: Request):
+    request = replace(request_on_pairs, overrides=(*request_on_pairs.overrides, "train.lora={merge: false}"))
+    with pytest.raises(UserError, match="train.lora.merge is false: an adapter alone cannot be evaluated"):
+        launch.accept(request)
+    assert launch.accept(replace(request, only="prepare")).settings.train.lora is not None
+
+
 def test_a_plan_knows_what_is_stale_and_what_must_wait(request_on_pairs: Request):
     states = {entry.node.name: entry.state for entry in launch.plan(launch.accept(request_on_pairs))}
     assert states["prepare"] == "stale"

@@ -1,6 +1,5 @@
 """train: the joined tables of a small chain become a model that answers, with its metrics and card."""
 
-import json
 import threading
 import time
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any
 import numpy as np
 import psutil
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from reward_cases import node_work, prompt_row, settings, write_artifact, write_candidates, write_prompts
@@ -20,6 +18,7 @@ from clha.schema import CANDIDATES, REFERENCE, REWARDS, WEIGHTS
 from clha.stages import train
 from clha.stages.work import Work
 from clha.store import Artifact, ArtifactWriter, Home
+from clha.training.callbacks import ReportProgress
 from clha.training.checkpoints import is_complete
 
 PROMPTS = 10
@@ -221,33 +220,70 @@ def test_candidates_of_another_policy_stop_before_the_first_step(home: Home, tin
         train.build(work(home, tiny_model, inputs))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"loss": "dpo", "lr_schedule": "cosine", "warmup_steps": 2},
+        {"lora": {"rank": 4, "dropout": 0.1}},
+        {"normalization": "reference", "micro_batch_prompts": 1},
+        {"eval_steps": 1, "keep_best": True, "patience": 3},
+    ],
+    ids=["clha", "dpo", "lora", "reference", "keep_best"],
+)
 def test_a_second_attempt_goes_on_from_the_checkpoint_and_ends_with_the_same_weights(
-    home: Home, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    home: Home, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changes: dict[str, Any]
 ):
-    from clha.training import export
-
+    """Ended in the third step of eight: a checkpoint was made after the second."""
     inputs = tables(home, AutoTokenizer.from_pretrained(tiny_model))
+    changes = {"checkpoint_steps": 2, "epochs": 2.0, **changes}
     events: list[dict[str, Any]] = []
 
-    def killed(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
+    def killed(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 3:
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(export, "save_model", killed)
+        patch.setattr(ReportProgress, "on_step_end", killed)
         with pytest.raises(KeyboardInterrupt):
-            train.build(work(home, tiny_model, inputs, checkpoint_steps=2))
-    again = train.build(work(home, tiny_model, inputs, events, checkpoint_steps=2))
-    assert any("checkpoint-4" in e.get("message", "") for e in events)
-    other = Home(tmp_path / "other").create()
-    whole = train.build(work(other, tiny_model, inputs, checkpoint_steps=2))
+            train.build(work(home, tiny_model, inputs, **changes))
+    again = train.build(work(home, tiny_model, inputs, events, **changes))
+    assert any("from checkpoint-2" in e.get("message", "") for e in events)
+    whole = train.build(work(Home(tmp_path / "other").create(), tiny_model, inputs, **changes))
     digests = [
         {f["name"]: f["sha256"] for f in a.manifest["files"] if f["name"].endswith("safetensors")}
         for a in (again, whole)
     ]
     assert digests[0] == digests[1]
-    steps = pq.read_table(again.folder / "metrics-00000.parquet")["step"].to_pylist()
-    assert steps == [1, 2, 3, 4]
-    assert json.loads((again.folder / "manifest.json").read_text())["steps"] == 4
+    timeless = [a.read("metrics") for a in (again, whole)]
+    timeless = [t.select([n for n in t.column_names if "perf/" not in n and "_second" not in n]) for t in timeless]
+    timeless = [t.select([n for n in t.column_names if not n.endswith("_runtime")]) for t in timeless]
+    assert timeless[0].to_pylist() == timeless[1].to_pylist()
+    assert again.manifest["steps"] == whole.manifest["steps"]
+
+
+def test_the_learning_rate_rises_over_the_warm_up_and_falls_to_nothing(home: Home, tiny_model: Path):
+    """Eight steps, two of them warm-up: 0, 1/2, then 6/6, 5/6, ... of the peak."""
+    inputs = tables(home, AutoTokenizer.from_pretrained(tiny_model))
+    changes = {"epochs": 2.0, "lr_schedule": "linear", "warmup_steps": 2, "learning_rate": 0.006}
+    rates = [row["learning_rate"] for row in train.build(work(home, tiny_model, inputs, **changes)).rows("metrics")]
+    assert rates == pytest.approx([0.0, 0.003, 0.006, 0.005, 0.004, 0.003, 0.002, 0.001])
+
+
+def test_a_run_that_diverges_stops_and_leaves_the_last_good_checkpoint(home: Home, tiny_model: Path):
+    """At this rate the weights overflow in the first step: the loss of the second is NaN."""
+    inputs = tables(home, AutoTokenizer.from_pretrained(tiny_model))
+    made = work(home, tiny_model, inputs, learning_rate=1e38, checkpoint_steps=1)
+    with pytest.raises(StageFailure) as caught:
+        train.build(made)
+    ids = {row["prompt_id"] for row in inputs["prepare"].rows("prompts")}
+    line = str(caught.value)
+    assert "in step 2; prompts " in line and "last good checkpoint: checkpoint-1;" in line and "\n" not in line
+    named = line.partition("prompts ")[2].partition(";")[0].split(", ")
+    assert len(named) == 2 and set(named) <= ids
+    assert is_complete(made.writer.scratch / "checkpoints" / "checkpoint-1")
+    assert not (made.writer.scratch / "checkpoints" / "checkpoint-2").exists()
+    assert not list(made.writer.folder.iterdir())
 
 
 # -- reference ---------------------------------------------------------------------------------------------------
@@ -349,7 +385,7 @@ def ranks() -> list[psutil.Process]:
     return [p for p in mine if "clha.stages.train_process" in " ".join(p.cmdline())]
 
 
-@pytest.mark.parametrize("sharding", ["none", "full_shard"])
+@pytest.mark.parametrize("sharding", ["none", pytest.param("full_shard", marks=pytest.mark.slow)])
 def test_a_killed_process_ends_all_with_one_line_and_a_second_attempt_goes_on(
     home: Home, tiny_model: Path, tmp_path: Path, sharding: str
 ):
@@ -388,6 +424,7 @@ def test_an_error_in_one_process_is_the_line_of_the_stage(home: Home, tiny_model
     assert not ranks()
 
 
+@pytest.mark.slow
 def test_an_adapter_trains_in_two_processes_as_in_one(home: Home, tiny_model: Path, tmp_path: Path):
     inputs = tables(home, AutoTokenizer.from_pretrained(tiny_model))
     changes = {"lora": {"rank": 4}, "epochs": 1.0}
@@ -403,3 +440,20 @@ def test_an_adapter_trains_in_two_processes_as_in_one(home: Home, tiny_model: Pa
     for other in others:
         for name, value in one.items():
             torch.testing.assert_close(other[name], value, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_sharded_with_gradient_checkpointing_the_best_weights_are_kept_as_in_one_process(
+    home: Home, tiny_model: Path, tmp_path: Path
+):
+    """What the profile hh-7b asks for, but for bfloat16. Early evaluations are the best, so that they are loaded."""
+    inputs = tables(home, AutoTokenizer.from_pretrained(tiny_model), dev=4)
+    changes = {"eval_steps": 1, "keep_best": True, "learning_rate": 0.03, "epochs": 3.0, "loss": "sft"}
+    changes["gradient_checkpointing"] = True
+    one = train.build(work(Home(tmp_path / "one").create(), tiny_model, inputs, **changes))
+    two = train.build(work(home, tiny_model, inputs, **changes, processes=2, sharding="full_shard"))
+    assert one.manifest["notes"][-1] == two.manifest["notes"][-1]
+    assert one.manifest["notes"][-1] != f"kept the weights of checkpoint-{one.manifest['steps']}"
+    theirs, ours = (AutoModelForCausalLM.from_pretrained(a.folder / "model").state_dict() for a in (one, two))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, atol=1e-5, rtol=1e-4)

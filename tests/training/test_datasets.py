@@ -1,5 +1,6 @@
 """Training without a pipeline: datasets in our form and in TRL's, and what the core does not import."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,39 @@ def test_the_trainer_stands_alone(tiny_model: Path, tmp_path: Path, tokenizer: A
     assert 0 <= trainer.evaluate()["eval_rewards/accuracies"] <= 1
     trainer.save_model(str(tmp_path / "saved"))
     assert (tmp_path / "saved" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("loss", ["dpo", "dpo_smoothed", "dpo_robust"])
+def test_alone_the_reference_is_the_model_as_it_was_given(
+    tiny_model: Path, tmp_path: Path, tokenizer: Any, loss: str, monkeypatch: pytest.MonkeyPatch
+):
+    """The first step's loss is -log sigmoid(0) = log 2; callbacks and `report_to` are those of any Trainer."""
+    from transformers import TrainerCallback
+
+    from clha import ClhaConfig, ClhaTrainer
+
+    seen: list[int] = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            seen.append(state.global_step)
+
+    rows = [{"prompt": f"{i} and", "chosen": f" {i + 1}", "rejected": " nothing at all"} for i in range(8)]
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    args = {"num_train_epochs": 1, "report_to": "tensorboard", "use_cpu": True, "save_strategy": "no"}
+    trainer = ClhaTrainer(
+        model=AutoModelForCausalLM.from_pretrained(tiny_model, dtype="float32"),
+        args=ClhaConfig(output_dir=str(tmp_path), loss=loss, learning_rate=1e-3, **args),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows[:2]),
+        processing_class=tokenizer,
+        callbacks=[Watch()],
+    )
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5) and losses[1] < losses[0]
+    assert seen == [1, 2] and list((tmp_path / "events").rglob("events.out.*"))
 
 
 def test_a_model_can_be_named_by_its_folder(tiny_model: Path, tmp_path: Path, tokenizer: Any):

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from clha.errors import StageFailure
-from clha.schema import CANDIDATES, PROMPTS, REWARDS, WEIGHTS
+from clha.schema import CANDIDATES, PROMPTS, REFERENCE, REWARDS, WEIGHTS
 from clha.training.preferences import Preferences, join_preferences
 
 
@@ -67,6 +67,25 @@ def test_rows_are_joined_by_id_in_rank_order_and_split(tmp_path: Path):
     assert (train.max_candidates, dev.max_candidates) == (3, 2)
     with pytest.raises(IndexError):
         train[2]
+
+
+def test_reference_log_probabilities_are_joined_by_id_in_rank_order(tmp_path: Path):
+    tables = three_prompts(tmp_path)
+    rows = [
+        {"prompt_id": p, "candidate_id": c, "logp": -float(10 * i + c)}
+        for i, (p, n) in enumerate((("a", 2), ("b", 3), ("c", 2)), start=1)
+        for c in range(n)
+    ]
+    reference = [
+        write(tmp_path, "reference", rows[:3], REFERENCE),
+        write(tmp_path, "reference", rows[3:], REFERENCE, 1),
+    ]
+    join_preferences(tmp_path / "joined", **tables, reference=reference)
+    train = Preferences(tmp_path / "joined", "train")
+    assert train[0].prompt_id == "b" and train[0].reference_logps.tolist() == [-22.0, -20.0, -21.0]
+    assert train[1].reference_logps.tolist() == [-11.0, -10.0]
+    join_preferences(tmp_path / "without", **tables)
+    assert Preferences(tmp_path / "without", "train")[0].reference_logps is None
 
 
 def test_a_finished_join_is_not_done_again(tmp_path: Path):
