@@ -75,7 +75,7 @@ class Study:
             "kind": kind,
             "schema_version": SCHEMA_VERSION,
             "code_version": CODE_VERSION[kind],
-            "inputs": {"prepare": self.given.prepare.content},
+            "inputs": {"prepare": self.given.prepare.content_of(("reward_train", "train", "test"))},
             "models": self.given.models,
             "settings": what,
         }
