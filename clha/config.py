@@ -226,6 +226,9 @@ class Rescore(Group):
     noise: Noise = Noise()
     sft_threshold: float | Literal["fitted"] = 0.0
     max_quarantined: Share = 0.1
+    processes: Positive = execution(
+        1
+    )  # that score at the same time, each on the next GPU or with its part of the threads
 
 
 class Lora(Group):
@@ -345,6 +348,7 @@ class NoiseStudy(Group):
         "length",
         "oracle",
     ]
+    train_rates: list[Annotated[float, Field(ge=0, lt=0.5)]] | None = None  # those of `rates` trained on; null: all
     train_arm: Literal["clean", "flipped"] = "clean"  # the reward model whose weights are trained with
     reward_pairs: Positive = 500  # of split reward_train
     train_pairs: Positive = 96  # of split train
@@ -355,6 +359,18 @@ class NoiseStudy(Group):
     sft_weight: Annotated[float, Field(ge=0)] = 0.01
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     batch_prompts: Positive = 8
+
+    @property
+    def trained_rates(self) -> list[float]:
+        """The rates at which policies are trained."""
+        return [r for r in self.rates if self.weights and (self.train_rates is None or r in self.train_rates)]
+
+    @model_validator(mode="after")
+    def _train_rates(self) -> "NoiseStudy":
+        strange = sorted(set(self.train_rates or ()) - set(self.rates))
+        if strange:
+            raise ValueError(f"train_rates has {strange[0]:g}, which rates has not")
+        return self
 
 
 class Schedule(Group):

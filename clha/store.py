@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -101,6 +101,14 @@ class Artifact:
                 if not any(f["name"].rsplit("/", 1)[-1].startswith(r) or f["name"].startswith(r) for r in RECORDS)
             )
         )
+
+    def content_of(self, splits: Sequence[str]) -> str | dict[str, str]:
+        """What the artifact is to a reader of some splits: a digest of the rows of each, where the manifest has them.
+
+        Otherwise, and for an artifact without splits, `content`.
+        """
+        contents = self.manifest.get("split_contents")
+        return {split: contents[split] for split in splits} if splits and contents else self.content
 
     def shards(self, table: str) -> list[Path]:
         """The Parquet files of a table, in order."""

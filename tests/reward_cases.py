@@ -10,7 +10,7 @@ import pyarrow as pa
 from clha.config import Settings
 from clha.digests import digest_of, prompt_id
 from clha.progress import Event, Progress
-from clha.schema import CANDIDATES, PROMPTS
+from clha.schema import CANDIDATES, PROMPTS, SPLITS
 from clha.stages.chain import nodes
 from clha.stages.work import Work
 from clha.store import Artifact, ArtifactWriter, Home
@@ -94,7 +94,10 @@ def settings(**changes: Any) -> Settings:
 
 
 def write_artifact(
-    home: Home, kind: str, tables: Mapping[str, tuple[list[dict[str, Any]] | pa.Table, Any]]
+    home: Home,
+    kind: str,
+    tables: Mapping[str, tuple[list[dict[str, Any]] | pa.Table, Any]],
+    facts: dict[str, Any] | None = None,
 ) -> Artifact:
     """An artifact with one shard of each table."""
     writer = ArtifactWriter(home, kind, digest_of([kind, sorted(tables)])[:24])
@@ -102,11 +105,12 @@ def write_artifact(
     for name, (content, schema) in tables.items():
         writer.write_shard(name, 0, content, schema)
         rows = len(content)
-    return writer.finish(rows_in=rows, rows_out=rows, facts={})
+    return writer.finish(rows_in=rows, rows_out=rows, facts=facts or {})
 
 
 def write_prompts(home: Home, rows: list[dict[str, Any]]) -> Artifact:
-    return write_artifact(home, "prepare", {"prompts": (rows, PROMPTS)})
+    contents = {split: digest_of([r for r in rows if r["split"] == split]) for split in SPLITS}
+    return write_artifact(home, "prepare", {"prompts": (rows, PROMPTS)}, {"split_contents": contents})
 
 
 def write_candidates(home: Home, rows: list[dict[str, Any]]) -> Artifact:

@@ -59,6 +59,16 @@ def test_a_changed_training_setting_reuses_generation_and_scores(smoke_copy: Pat
     assert changed == {"train", "answers.trained", "evaluate"}
 
 
+def test_fewer_training_prompts_leave_reward_models_and_the_answers_of_the_base_as_they_are(smoke_copy: Path):
+    clha(smoke_copy, "run-stage", "prepare", "--run", "smoke", "--set", "prepare.limits.train=9")
+    nodes = json.loads(clha(smoke_copy, "status", "--run", "smoke", "--json").stdout)["nodes"]
+    states = {row["node"]: row["state"] for row in nodes}
+    kept = {"prepare", "fit_reward.train", "fit_reward.eval", "answers.base"}
+    assert {name for name, state in states.items() if state == "fresh"} == kept
+    why = clha(smoke_copy, "why", "generate", "--run", "smoke", "--set", "prepare.limits.train=9").stdout
+    assert why.count("\n") == 1 and "generate: inputs.prepare.train: " in why
+
+
 def test_another_run_with_the_same_settings_shares_every_artifact(smoke_copy: Path):
     before = snapshot(smoke_copy)
     clha(smoke_copy, "run", "--profile", "smoke", "--run", "other")

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from clha.reporting.drawing import PALETTE, Drawn, canvas, finish, legend_above, some_rows
 from clha.reporting.length_bias import length_note, rank_correlation
-from clha.reporting.text import percent
+from clha.reporting.text import number, percent
 
 Floats = NDArray[np.float64]
 
@@ -52,6 +52,48 @@ def reliability(models: Mapping[str, Mapping[str, Any]]) -> Drawn:
                 for n, c in models.items()
             ),
         )
+
+
+def learning_curves(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> Drawn:
+    """Held-out accuracy against the number of pairs, {name: points with "pairs", "accuracy", "interval"}."""
+    roles = ("trained", "loss", "base")
+    with canvas() as (figure, (axis,)):
+        said = []
+        for (name, points), role in zip(models.items(), roles, strict=False):
+            pairs = [p["pairs"] for p in points]
+            low, high = ([p["interval"][i] for p in points] for i in (0, 1))
+            axis.fill_between(pairs, low, high, color=PALETTE[role], alpha=0.15, linewidth=0)
+            axis.plot(pairs, [p["accuracy"] for p in points], "o-", color=PALETTE[role], markersize=3.5, label=name)
+            said.append(f"{name}: " + ", ".join(f"{percent(p['accuracy'])} with {p['pairs']}" for p in points))
+        axis.axhline(0.5, color=PALETTE["mark"], linewidth=1, linestyle=(0, (4, 2)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: percent(v)))
+        axis.set_xlabel("pairs fitted on")
+        axis.set_ylabel("held-out pairs judged right")
+        legend_above(axis)
+        note = " ".join(f"{name}: {more_pairs_note(points)}" for name, points in models.items())
+        return finish(
+            figure,
+            "reward-learning-curve",
+            "Would more pairs help the reward models?",
+            f"{note} Bands: 95% intervals; red: chance.",
+            f"Line chart of accuracy over the number of pairs. {'; '.join(said)}.",
+        )
+
+
+def more_pairs_note(points: Sequence[Mapping[str, Any]]) -> str:
+    """What the last doubling of the pairs brought; it is called a gain where it is beyond half the interval."""
+    if len(points) < 2:
+        return "too few pairs for a curve."
+    before, last = points[-2], points[-1]
+    gain = last["accuracy"] - before["accuracy"]
+    half = (last["interval"][1] - last["interval"][0]) / 2
+    verdict = "more pairs should help" if gain > half else "no clear gain from more pairs"
+    return f"{signed_points(gain)} from {before['pairs']} to {last['pairs']} pairs, {verdict}."
+
+
+def signed_points(share: float) -> str:
+    """A difference of shares in percentage points."""
+    return f"{number(100 * share, 1, True)} points"
 
 
 def _ends(bins: Mapping[str, Sequence[float]]) -> list[tuple[float, float]]:

@@ -13,6 +13,7 @@ from clha.noise import label_probability
 from clha.reporting import evaluation_figures, noise_figures, reward_figures, training_figures
 from clha.reporting.drawing import Drawn
 from clha.reporting.examples import answer_examples, pair_examples
+from clha.reporting.length_bias import length_note
 from clha.reporting.noise_facts import NOISE_NODES, noise_facts, noise_lines, read_noise
 from clha.reporting.tables import (
     Floats,
@@ -215,7 +216,7 @@ def _sft_threshold(nodes: Nodes, run: Run) -> float | None:
 
 def reward_section(nodes: Nodes) -> Section | None:
     """Cards of the fitted reward models, their calibration, and how far they agree."""
-    cards, bins = [], {}
+    cards, bins, curves = [], {}, {}
     for node, title, use in (
         ("fit_reward.train", "Training reward model", "ranks candidates; training sees it"),
         ("fit_reward.eval", "Judge", "evaluation only; training never sees it"),
@@ -224,9 +225,14 @@ def reward_section(nodes: Nodes) -> Section | None:
             continue
         fit = read_json(nodes[node], "fit.json")
         config = read_json(nodes[node], "reward_model/config.json")
-        cards.append({"title": title, "use": use, "fit": fit, "config": config})
+        length = length_note(fit["length_bias"]["correlation"])
+        cards.append({"title": title, "use": use, "fit": fit, "config": config, "length": length})
         bins[title.lower()] = fit["calibration"]
+        if fit.get("learning_curve"):
+            curves[title.lower()] = fit["learning_curve"]
     drawn = [reward_figures.reliability(bins)] if bins else []
+    if curves:
+        drawn.append(reward_figures.learning_curves(curves))
     if "evaluate" in nodes:
         scores = paired_scores(nodes["evaluate"].read("scores"))
         judge = read_json(nodes["evaluate"], "metrics.json")["judge"]

@@ -161,6 +161,47 @@ def cross_validate(
     return CrossValidation(path[chosen], points, rewards[chosen])
 
 
+@dataclass(frozen=True)
+class CurvePoint:
+    """Held-out accuracy of heads fitted on so many pairs, with its 95% interval (Wilson, by groups)."""
+
+    pairs: int
+    accuracy: float
+    interval: tuple[float, float]
+
+
+# Shares of the pairs that the learning curve is measured at.
+_CURVE = (0.125, 0.25, 0.5, 1.0)
+
+
+def learning_curve(
+    features: Floats, weights: Floats, groups: Sequence[Hashable], l2: float, folds: int, seed: int
+) -> list[CurvePoint]:
+    """Accuracy against the number of pairs: in each fold heads are fitted on a growing part of the other folds.
+
+    Arguments as of `cross_validate`. The parts are nested, and of whole groups; the same pairs are judged at each
+    point. `pairs` is the mean over folds; a part of less than two groups is left out.
+    """
+    fold = assign_folds(groups, folds, seed)
+    place = np.array([unit_of("curve", seed, g) for g in groups])
+    differences = features[:, 0] - features[:, 1]
+    points = []
+    for share in _CURVE:
+        margins, used = np.zeros(len(features)), 0
+        for k in range(folds):
+            rest = np.flatnonzero(fold != k)
+            cut = np.quantile(np.unique(place[rest]), share)
+            part = rest[place[rest] <= cut]
+            if len(np.unique(place[part])) < 2:
+                break
+            used += len(part)
+            margins[fold == k] = differences[fold == k] @ fit_head(differences[part], l2, weights[part])
+        else:
+            accuracy = float(np.average(margins > 0, weights=weights))
+            points.append(CurvePoint(round(used / folds), accuracy, wilson_interval(accuracy, len(set(groups)))))
+    return points
+
+
 def _mean_error(values: Floats, weights: Floats, groups: Sequence[Hashable]) -> float:
     """Standard error of the weighted mean of `values`, pairs of one group counted as one."""
     mean = np.average(values, weights=weights)

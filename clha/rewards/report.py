@@ -1,6 +1,7 @@
 """Fits a reward model on features and labelled pairs and says how good it is."""
 
 from collections.abc import Hashable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from clha.rewards.fitting import (
     bootstrap_members,
     cross_validate,
     fit_head,
+    learning_curve,
     length_bias,
     wilson_interval,
 )
@@ -72,7 +74,9 @@ def fit_pairs(
             "unit": "log-odds",
         },
     )
-    return head, _report(cv, members, threshold, pairs, weights, groups, lengths, fit)
+    report = _report(cv, members, threshold, pairs, weights, groups, lengths, fit)
+    curve = learning_curve(standardised[pairs], weights, groups, cv.l2, fit.folds, fit.seed)
+    return head, report | {"learning_curve": [asdict(point) for point in curve]}
 
 
 def _per_response(rows: NDArray[np.int64], rewards: Floats) -> Floats:

@@ -41,6 +41,7 @@ class Node:
     settings: dict[str, Any]  # those in the key
     models: dict[str, str] = field(default_factory=dict)  # role -> reference
     packages: tuple[str, ...] = ()  # whose versions are in the key
+    splits: tuple[str, ...] = ()  # those of `prepare` that it reads
 
     @property
     def kind(self) -> str:
@@ -62,6 +63,10 @@ class Planned:
     reason: str = ""  # why the key cannot be known now: data moved away, a server that is down
 
 
+# The splits whose prompts get candidates.
+_CANDIDATES = ("train", "dev")
+
+
 def nodes(settings: Settings) -> list[Node]:
     """The nodes of the plain chain, in an order in which they can be built."""
     s, fit = settings, settings.fit_reward
@@ -72,7 +77,15 @@ def nodes(settings: Settings) -> list[Node]:
     if fit is not None and s.evaluate.reward.uses_fitted:
         chain.append(_fit_node("eval", fit.eval))
     chain.append(
-        Node("generate", "generate", ("prepare",), s.generate.key_settings() | template, policy, ("vllm", "torch"))
+        Node(
+            "generate",
+            "generate",
+            ("prepare",),
+            s.generate.key_settings() | template,
+            policy,
+            ("vllm", "torch"),
+            _CANDIDATES,
+        )
     )
     score_in, score_models = _reward_inputs("rescore", s.rescore.reward, "train", fit.train if fit else None)
     chain.append(
@@ -83,6 +96,7 @@ def nodes(settings: Settings) -> list[Node]:
             s.rescore.key_settings("rank_by", "noise", "sft_threshold"),
             score_models,
             ("torch", "transformers"),
+            _CANDIDATES,
         )
     )
     weigh_in = ("fit_reward.train",) if s.rescore.sft_threshold == "fitted" else ()
@@ -108,12 +122,14 @@ def nodes(settings: Settings) -> list[Node]:
             s.train.key_settings() | template,
             policy,
             ("torch", "transformers"),
+            _CANDIDATES,
         )
     )
     asking = s.evaluate.key_settings("reward", "resamples", "tie", "seed") | template
     asking |= {"engine": s.generate.engine.key_settings(), "max_prompt_tokens": s.generate.max_prompt_tokens}
-    chain.append(Node("answers.base", "evaluate", ("prepare",), asking, policy, ("vllm", "torch")))
-    chain.append(Node("answers.trained", "evaluate", ("prepare", "train"), asking, {}, ("vllm", "torch")))
+    asked = (s.evaluate.split,)
+    chain.append(Node("answers.base", "evaluate", ("prepare",), asking, policy, ("vllm", "torch"), asked))
+    chain.append(Node("answers.trained", "evaluate", ("prepare", "train"), asking, {}, ("vllm", "torch"), asked))
     eval_in, eval_models = _reward_inputs("evaluate", s.evaluate.reward, "eval", fit.eval if fit else None)
     chain.append(
         Node(
@@ -124,6 +140,7 @@ def nodes(settings: Settings) -> list[Node]:
             | {"rescore_reward": s.rescore.reward.key_settings()},
             score_models | eval_models,
             ("torch", "transformers"),
+            asked,
         )
     )
     return chain
@@ -137,6 +154,7 @@ def _fit_node(role: str, fit: RewardFit) -> Node:
         fit.key_settings() | {"split": f"reward_{role}"},
         {"encoder": fit.encoder},
         ("torch", "transformers"),
+        (f"reward_{role}",),
     )
 
 
@@ -171,7 +189,7 @@ def plan_node(home: Home, run: Run, settings: Settings, node: Node, inputs: Mapp
         "schema_version": SCHEMA_VERSION,
         "code_version": CODE_VERSION[node.kind],
         "settings": node.settings,
-        "inputs": {name: inputs[name].content for name in node.inputs},
+        "inputs": {name: inputs[name].content_of(node.splits) for name in node.inputs},
         "models": {role: resolve_model(ref, home).digest for role, ref in node.models.items()},
         "versions": {name: package_version(name) for name in node.packages},
         "attempt": run.attempts.get(node.name, 0),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from clha.rewards.texts import RewardInput
     from clha.stages.work import Work
 
-CODE_VERSION = {"fit_reward": 1}
+CODE_VERSION = {"fit_reward": 2}
 
 # Responses whose features are computed and kept together, so that a killed fit goes on from there.
 _FEATURE_SHARD = 128

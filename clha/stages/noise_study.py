@@ -68,7 +68,7 @@ def run_study(
         for seed in settings.seeds:
             for arm in settings.arms:
                 detection.append(_detection(study, pairs, rate, seed, arm).figures)
-    training = [t for rate in settings.rates for t in _training(study, rows, pairs, rate)]
+    training = [t for rate in settings.trained_rates for t in _training(study, rows, pairs, rate)]
     results = {"detection": detection, "training": training, "settings": settings.key_settings()}
     if report is not None:
         write_atomic(report, json.dumps(results, indent=1).encode())
@@ -186,8 +186,6 @@ def _training(
 
     from clha.study.summary import paired_gain
 
-    if not study.settings.weights:
-        return []
     right: dict[str, list[Any]] = {name: [] for name in ("before training", *study.settings.weights)}
     groups: list[str] = []
     seconds: dict[str, float] = {}
@@ -254,7 +252,7 @@ def _policy(
         )
         return {"rows": len(margins), **facts}
 
-    what = _cell_settings(study, rate, seed) | settings.key_settings("rates", "seeds", "arms", "weights")
+    what = _cell_settings(study, rate, seed) | settings.key_settings("rates", "train_rates", "seeds", "arms", "weights")
     what |= {"weights": name}
     if untrained:
         what = {k: settings.key_settings()[k] for k in ("test_pairs", "max_tokens", "max_prompt_tokens")}

@@ -1,10 +1,12 @@
 """prepare: a source of prompts and preference pairs becomes the table `prompts`, one row per prompt, with splits."""
 
+import hashlib
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
+from clha.digests import canonical_json
 from clha.errors import StageFailure, UserError
 from clha.schema import PROMPTS, SPLITS
 from clha.sources.files import source_paths
@@ -100,11 +102,16 @@ def _write_prompts(work: "Work", rows: Collected, kept: int) -> Merged:
 
 
 def _checked(work: "Work") -> dict[str, Any]:
-    """Check what was written: splits apart, needed ones not empty. Returns the counts for the manifest."""
+    """Check what was written: splits apart, needed ones not empty. Returns counts and digests for the manifest.
+
+    `split_contents`: a digest of the rows of each split, in order. Whoever reads some splits depends on no other.
+    """
     check = SplitCheck()
+    contents = {split: hashlib.sha256() for split in SPLITS}
     splits, pairs, subsets = Counter[str](), Counter[str](), Counter[str]()
     for shard in sorted(work.writer.folder.glob("prompts-*.parquet")):
-        for row in read_parquet(shard, ["messages", "split", "subset", "chosen", "rejected"]).to_pylist():
+        for row in read_parquet(shard).to_pylist():
+            contents[row["split"]].update(f"{canonical_json(row)}\n".encode("utf-8", "surrogatepass"))
             check.add(row["messages"], row["split"])
             splits[row["split"]] += 1
             subsets[row["subset"]] += 1
@@ -127,4 +134,5 @@ def _checked(work: "Work") -> dict[str, Any]:
         "splits": {split: splits[split] for split in SPLITS},
         "pairs": {split: pairs[split] for split in SPLITS},
         "subsets": dict(sorted(subsets.items())),
+        "split_contents": {split: digest.hexdigest() for split, digest in contents.items()},
     }

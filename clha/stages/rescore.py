@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from clha.errors import UserError
-from clha.schema import REWARDS
-from clha.store import Artifact, read_parquet
+from clha.store import Artifact
 
 if TYPE_CHECKING:
-    from clha.rewards.adapters import RewardScorer, Scored
     from clha.stages.work import Work
 
 CODE_VERSION = {"score": 1, "weigh": 1}
 
 # Rewards are exact to 1e-5: a model whose rewards lie closer together than that says nothing.
 _CONSTANT = 1e-5
-
-_READ = ["prompt_id", "candidate_id", "text", "truncated_turns"]
 
 
 def build(work: Work) -> Artifact:
@@ -32,84 +26,31 @@ def score(work: Work) -> Artifact:
 
     Raises UserError when the reward model gives all candidates the same reward, or too many rewards are not finite.
     """
-    from clha.rewards.adapters import load_scorer, model_folders, scoring_device
-    from clha.rewards.scoring import report_to
+    from clha.rewards.adapters import model_folders
+    from clha.stages.scoring import Scoring, score_shards
 
     rescore, writer = work.settings.rescore, work.writer
-    messages = {
-        r["prompt_id"]: r["messages"] for r in work.inputs["prepare"].rows("prompts", ["prompt_id", "messages"])
-    }
-    shards = work.inputs["generate"].shards("candidates")
     total = sum(f["rows"] for f in work.inputs["generate"].manifest["files"] if f["name"].startswith("candidates-"))
-    fitted = work.inputs["fit_reward.train"].folder if rescore.reward.uses_fitted else None
-    device = scoring_device()
-    scorer: RewardScorer | None = None
-    done, fresh, seconds = 0, 0, 0.0
-    for index, rows in enumerate(_slices(shards, rescore.shard_size)):
-        if not writer.has_shard("rewards", index):
-            if scorer is None:
-                scorer = load_scorer(rescore.reward, model_folders(work.models, "rescore.reward"), fitted, device)
-            began = time.monotonic()
-            scored = scorer.score(_inputs(rows, messages), report_to(work.progress, total, "candidates", done))
-            seconds += time.monotonic() - began
-            fresh += len(rows)
-            good, bad = _rows(rows, scored)
-            writer.write_quarantine(index, bad)
-            writer.write_shard("rewards", index, good, REWARDS)
-        done += len(rows)
-        work.progress.update(done, total, "candidates")
+    scoring = Scoring(
+        rescore.reward,
+        model_folders(work.models, "rescore.reward"),
+        work.inputs["fit_reward.train"].folder if rescore.reward.uses_fitted else None,
+        work.inputs["prepare"],
+        work.inputs["generate"],
+        rescore.shard_size,
+        total,
+        writer,
+    )
+    done = score_shards(scoring, rescore.processes, work.progress)
     work.check_quarantine(total, rescore.max_quarantined, "rescore.max_quarantined")
     facts = _reward_facts(work)
-    if scorer is not None:
+    if done.candidates:
         facts |= {
-            "padding_fraction": round(scorer.padding.fraction, 4),
-            "tokens_per_second": round(scorer.padding.tokens / seconds, 1) if seconds else None,
-            "candidates_per_second": round(fresh / seconds, 2) if seconds else None,
+            "padding_fraction": round(done.padded / done.tokens, 4) if done.tokens else 0.0,
+            "tokens_per_second": round(done.tokens / done.seconds, 1) if done.seconds else None,
+            "candidates_per_second": round(done.candidates / done.seconds, 2) if done.seconds else None,
         }
-    return work.finish(rows_in=total, rows_out=facts["scored"], seed=None, device=device, **facts)
-
-
-def _slices(shards: list[Any], size: int) -> Iterator[list[dict[str, Any]]]:
-    """The candidates of all shards in order, `size` at a time."""
-    pending: list[dict[str, Any]] = []
-    for shard in shards:
-        pending += read_parquet(shard, _READ).to_pylist()
-        while len(pending) >= size:
-            yield pending[:size]
-            pending = pending[size:]
-    if pending:
-        yield pending
-
-
-def _inputs(rows: list[dict[str, Any]], messages: dict[str, Any]) -> list[Any]:
-    """What the reward model reads: the turns that the policy saw, and the response."""
-    from clha.rewards.texts import RewardInput, without_oldest_turns
-
-    return [RewardInput(without_oldest_turns(messages[r["prompt_id"]], r["truncated_turns"]), r["text"]) for r in rows]
-
-
-def _rows(rows: list[dict[str, Any]], scored: Scored) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of `rewards`, and the quarantine rows of candidates whose reward is not finite."""
-    from math import isfinite
-
-    good, bad = [], []
-    for i, row in enumerate(rows):
-        reward, members = float(scored.rewards[i]), scored.members[i].tolist()
-        if isfinite(reward) and all(isfinite(m) for m in members):
-            good.append(
-                {
-                    "prompt_id": row["prompt_id"],
-                    "candidate_id": row["candidate_id"],
-                    "reward": reward,
-                    "member_rewards": members,
-                    "truncated": bool(scored.truncated[i]),
-                }
-            )
-        else:
-            why = scored.problems.get(i, f"reward {reward}")
-            detail = f"candidate {row['candidate_id']}: {why}"
-            bad.append({"prompt_id": row["prompt_id"], "reason": "reward not finite", "detail": detail})
-    return good, bad
+    return work.finish(rows_in=total, rows_out=facts["scored"], seed=None, device=done.devices, **facts)
 
 
 def _reward_facts(work: Work) -> dict[str, Any]:

@@ -53,10 +53,11 @@ class CellProgress(Progress):
 
 def count_cells(settings: NoiseStudy) -> int:
     """How many cells a study has: the features, its detections, the policies, and the policy as it was."""
-    runs = len(settings.rates) * len(settings.seeds)
-    arms = set(settings.arms) | ({settings.train_arm} if JUDGED & set(settings.weights) else set())
-    trained = runs * len(settings.weights) + len(settings.rates[:1]) if settings.weights else 0
-    return 1 + runs * len(arms) + trained
+    judged = {(rate, arm) for rate in settings.rates for arm in settings.arms}
+    if JUDGED & set(settings.weights):
+        judged |= {(rate, settings.train_arm) for rate in settings.trained_rates}
+    trained = len(settings.trained_rates) * len(settings.weights)
+    return 1 + len(settings.seeds) * (len(judged) + trained) + bool(trained)
 
 
 @dataclass
@@ -75,7 +76,7 @@ class Study:
             "kind": kind,
             "schema_version": SCHEMA_VERSION,
             "code_version": CODE_VERSION[kind],
-            "inputs": {"prepare": self.given.prepare.content},
+            "inputs": {"prepare": self.given.prepare.content_of(("reward_train", "train", "test"))},
             "models": self.given.models,
             "settings": what,
         }

@@ -211,6 +211,10 @@ class _Maker:
                 },
             },
             "length_bias": {"correlation": 0.12, "prefers_longer": 0.56, "chosen_is_longer": 0.53},
+            "learning_curve": [
+                {"pairs": n, "accuracy": accuracy - 0.2 / n**0.5, "interval": list(wilson_interval(accuracy, 160))}
+                for n in (16, 32, 64, 128)
+            ],
             "sft_threshold": -0.12,
         }
         name = "smollm2-135m-instruct" if role == "train" else "all-minilm-l6-v2"

@@ -101,3 +101,13 @@ def test_a_length_biased_reward_model_is_named_as_such() -> None:
 def test_no_known_metrics_give_no_curves() -> None:
     assert training_figures.learning_curves({"step": np.arange(3.0), "other": np.ones(3)}) is None
     assert training_figures.better_and_worse({"step": np.arange(3.0)}) is None
+
+
+def test_a_learning_curve_says_what_the_last_doubling_brought() -> None:
+    """60% to 70%, interval [0.66, 0.74]: 10 points are beyond 4; 69% to 70% is not."""
+    last = {"pairs": 80, "accuracy": 0.70, "interval": [0.66, 0.74]}
+    steep = reward_figures.more_pairs_note([{"pairs": 40, "accuracy": 0.60, "interval": [0.5, 0.7]}, last])
+    assert steep == "+10.0 points from 40 to 80 pairs, more pairs should help."
+    flat = reward_figures.more_pairs_note([{"pairs": 40, "accuracy": 0.69, "interval": [0.6, 0.7]}, last])
+    assert flat.endswith("no clear gain from more pairs.")
+    assert reward_figures.more_pairs_note([last]) == "too few pairs for a curve."

@@ -11,6 +11,7 @@ from clha.rewards.fitting import (
     bootstrap_members,
     cross_validate,
     fit_head,
+    learning_curve,
     length_bias,
     wilson_interval,
 )
@@ -141,3 +142,20 @@ def test_pairs_of_equal_length_say_nothing_about_length() -> None:
     bias = length_bias(np.array([1.0, -1.0]), np.full((2, 2), 7), np.ones(2))
     assert bias["correlation"] == 0
     assert bias["prefers_longer"] is None
+
+
+def test_the_learning_curve_rises_with_the_pairs_and_ends_at_the_cross_validated_accuracy() -> None:
+    features, _ = pairs(400, 40, seed=3, strength=1.5)
+    groups = [f"g{i}" for i in range(400)]
+    curve = learning_curve(features, np.ones(400), groups, 1e-3, 5, 0)
+    assert [p.pairs for p in curve] == pytest.approx([40, 80, 160, 320], abs=1)
+    assert curve[0].accuracy + 0.05 < curve[-1].accuracy
+    whole = cross_validate(features, np.ones(400), groups, 1e-3, 5, 0)
+    assert curve[-1].accuracy == pytest.approx((whole.margins > 0).mean())
+    assert all(p.interval[0] < p.accuracy < p.interval[1] for p in curve)
+
+
+def test_parts_of_too_few_groups_are_left_out_of_the_curve() -> None:
+    features, _ = pairs(8, 3, seed=4)
+    curve = learning_curve(features, np.ones(8), list("aabbccdd"), 0.1, 2, 0)
+    assert [p.pairs for p in curve] == [4]

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from clha.config import Settings, load_settings
+from clha.digests import digest_of
 from clha.errors import UserError
 from clha.runs import Run
+from clha.schema import SPLITS
 from clha.stages import chain
 from clha.store import ArtifactWriter, Home
 
@@ -37,9 +39,17 @@ def build_all(home: Home, run: Run, s: Settings, content: str = "") -> None:
                 writer = ArtifactWriter(home, planned.node.kind, planned.key)
                 writer.write_bytes("data.json", f"{planned.node.name} {planned.parts} {content}".encode())
                 facts = {"key_parts": planned.parts, "settings": {}, "inputs": {}, "code_version": 1, "versions": {}}
+                if planned.node.name == "prepare":
+                    facts["split_contents"] = split_contents(s, content)
                 writer.finish(rows_in=0, rows_out=0, facts=facts)
             if planned.key:
                 run.nodes[planned.node.name] = planned.key
+
+
+def split_contents(s: Settings, content: str = "") -> dict[str, str]:
+    """As true ones are: they change with the seed of the splits, and each with its own limit."""
+    p = s.prepare
+    return {split: digest_of([p.split_seed, getattr(p.limits, split), content]) for split in SPLITS}
 
 
 def states(home: Home, run: Run, s: Settings) -> dict[str, str]:
@@ -154,8 +164,35 @@ def test_the_same_content_under_another_key_saves_what_follows(home: Home, root:
     old = home.find("prepare", built.nodes["prepare"])
     writer = ArtifactWriter(home, "prepare", planned.key)
     writer.write_bytes("data.json", (old.folder / "data.json").read_bytes())
-    writer.finish(rows_in=0, rows_out=0, facts={"key_parts": planned.parts})
+    facts = {"key_parts": planned.parts, "split_contents": old.manifest["split_contents"]}
+    writer.finish(rows_in=0, rows_out=0, facts=facts)
     assert not_fresh(home, built, s) == set()
+
+
+@pytest.mark.parametrize(
+    ("limits", "touched"),
+    [
+        ("train: 3", {"generate", "score", "weigh", "train", "answers.trained", "evaluate"}),
+        ("dev: 3", {"generate", "score", "weigh", "train", "answers.trained", "evaluate"}),
+        ("test: 3", {"answers.base", "answers.trained", "evaluate"}),
+        ("reward_train: 3", {"fit_reward.train", "score", "weigh", "train", "answers.trained", "evaluate"}),
+        ("reward_eval: 3", {"fit_reward.eval", "evaluate"}),
+    ],
+)
+def test_other_prompts_in_a_split_touch_those_that_read_it(
+    home: Home, root: Path, data: Path, built: Run, limits: str, touched: set[str]
+):
+    s = settings(root, data, f"prepare.limits={{{limits}}}")
+    (planned,) = [p for p in chain.plan(home, built, s) if p.state == "stale"]
+    assert planned.node.name == "prepare"
+    writer = ArtifactWriter(home, "prepare", planned.key)
+    writer.write_bytes("data.json", b"other")
+    writer.finish(rows_in=0, rows_out=0, facts={"split_contents": split_contents(s)})
+    assert not_fresh(home, built, s) == touched
+    split = limits.split(":")[0]
+    stale = [p for p in chain.plan(home, built, s) if p.state == "stale"]
+    whys = [line for p in stale for line in chain.why(built, home, p)]
+    assert whys and all(f"inputs.prepare.{split}: " in line for line in whys)
 
 
 def test_a_new_attempt_is_a_new_key_and_does_not_disturb_other_runs(home: Home, root: Path, data: Path, built: Run):

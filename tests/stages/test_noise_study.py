@@ -12,7 +12,7 @@ from clha.errors import UserError
 from clha.progress import Progress
 from clha.stages import study_cells
 from clha.stages.noise_study import run_study
-from clha.stages.study_cells import StudyInput
+from clha.stages.study_cells import StudyInput, count_cells
 from clha.store import Home
 
 FIT = RewardFit(encoder="tiny", layer=1, folds=3, max_tokens=128)
@@ -93,3 +93,25 @@ def test_too_few_pairs_are_a_clear_error(home: Home, tiny_model: Path) -> None:
     work = StudyInput(prompts, tiny_model, tiny_model, {})
     with pytest.raises(UserError, match="0 pairs in split train, at least 20 needed"):
         run_study(home, SMALL, FIT, work, Progress())
+
+
+def test_cells_are_counted_before_they_are_made() -> None:
+    """Features, 2 seeds of 2 arms and 3 policies, the policy as it was; more rates add detections where untrained."""
+    assert count_cells(SMALL) == 1 + 2 * (2 + 3) + 1
+    two = SMALL.model_copy(update={"rates": [0.3, 0.1], "train_rates": [0.3]})
+    assert count_cells(two) == 1 + 2 * (4 + 3) + 1
+    assert count_cells(SMALL.model_copy(update={"weights": []})) == 1 + 2 * 2
+    assert count_cells(SMALL.model_copy(update={"arms": ["flipped"]})) == 1 + 2 * (2 + 3) + 1, "clean is trained with"
+
+
+def test_policies_are_trained_at_the_chosen_rates_only(home: Home, tiny_model: Path) -> None:
+    work = given(home, tiny_model)
+    some = SMALL.model_copy(update={"rates": [0.3, 0.1], "train_rates": [0.3], "seeds": [0], "weights": ["none"]})
+    results = run_study(home, some, FIT, work, Progress())
+    assert {d["rate"] for d in results["detection"]} == {0.3, 0.1}
+    assert [(t["rate"], t["weights"]) for t in results["training"]] == [(0.3, "before training"), (0.3, "none")]
+
+
+def test_a_rate_to_train_on_must_be_one_of_the_rates() -> None:
+    with pytest.raises(ValueError, match="train_rates has 0.2, which rates has not"):
+        NoiseStudy(rates=[0.4], train_rates=[0.2])

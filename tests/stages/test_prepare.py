@@ -20,7 +20,7 @@ from clha.digests import canonical_json
 from clha.errors import UserError
 from clha.progress import Progress
 from clha.runs import Run, save_run
-from clha.schema import PROMPTS
+from clha.schema import PROMPTS, SPLITS
 from clha.sources import merging
 from clha.stages.chain import nodes, plan_node
 from clha.stages.child import build_node
@@ -142,6 +142,19 @@ def test_text_is_kept_to_the_byte(tmp_path: Path, home: Home):
     rows = build(home, "chat_jsonl", data, splits).rows("prompts")
     assert [r["messages"][0]["content"] for r in rows][:6] == texts
     assert [(r["chosen"], r["rejected"]) for r in rows][:6] == [([t + "1"], [t + "2"]) for t in texts]
+
+
+def test_a_limit_changes_the_content_of_its_own_split_only(home: Home, pairs: Path):
+    whole = build(home, "chat_jsonl", pairs, fit=True)
+    fewer = build(home, "chat_jsonl", pairs, "prepare.limits={train: 5}", "prepare.shard_size=7", fit=True)
+    before, after = whole.manifest["split_contents"], fewer.manifest["split_contents"]
+    assert before.keys() == after.keys() == set(SPLITS)
+    assert {split for split in before if before[split] != after[split]} == {"train"}
+    assert whole.content_of(("dev", "test")) == {"dev": before["dev"], "test": before["test"]}
+    assert whole.content_of(()) == whole.content != fewer.content
+    rows = [r for r in fewer.rows("prompts") if r["split"] == "train"]
+    text = "".join(canonical_json(r) + "\n" for r in rows)
+    assert after["train"] == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_limits_leave_out_and_say_so(home: Home, pairs: Path):

@@ -105,6 +105,40 @@ def test_a_killed_score_goes_on_from_its_finished_shards(
     assert Counter(r["prompt_id"] for r in artifact.rows("rewards")) == {p["prompt_id"]: 3 for p in prompts}
 
 
+def test_two_processes_share_the_shards_and_make_the_same_table(home: Home, tiny_model: Path, fitted: Artifact) -> None:
+    prompts, candidates = some_candidates(14, 3)
+    candidates[12]["text"] = "  "
+    alone = rescore.build(score_work(home, tiny_model, fitted, prompts, candidates))
+    whole = {name: alone.read(name).to_pylist() for name in ("rewards", "quarantine")}
+    first = pq.read_table(alone.shards("rewards")[0])
+    work = score_work(home, tiny_model, fitted, prompts, candidates, processes=2)
+    assert alone.key == work.writer.key, "the number of processes is in no key"
+    work.writer.write_shard("rewards", 0, first)
+    stamp = work.writer.shard_path("rewards", 0).stat().st_mtime_ns
+    shared = rescore.build(work)
+    assert shared.shards("rewards")[0].stat().st_mtime_ns == stamp, "a finished shard is kept"
+    assert len(shared.shards("rewards")) == len(alone.shards("rewards")) == 6
+    rows = shared.rows("rewards")
+    assert [(r["prompt_id"], r["candidate_id"]) for r in rows] == [
+        (r["prompt_id"], r["candidate_id"]) for r in whole["rewards"]
+    ]
+    rewards = [[r["reward"] for r in table] for table in (rows, whole["rewards"])]
+    assert np.abs(np.subtract(*rewards)).max() < 1e-5
+    assert shared.rows("quarantine") == whole["quarantine"]
+    assert "2 processes" in shared.manifest["device"] and shared.manifest["padding_fraction"] is not None
+
+
+def test_a_reward_model_that_cannot_be_loaded_stops_all_processes_with_its_reason(
+    home: Home, tiny_model: Path, fitted: Artifact
+) -> None:
+    prompts, candidates = some_candidates(7, 3)
+    reward = {"type": "sequence_classification", "model": str(tiny_model)}
+    work = score_work(home, tiny_model, fitted, prompts, candidates, processes=2, reward=reward, sft_threshold=0.0)
+    with pytest.raises(UserError, match="outputs, a reward model has one"):
+        rescore.build(work)
+    assert not list(work.writer.folder.glob("rewards-*.parquet"))
+
+
 def test_a_candidate_that_cannot_be_read_is_quarantined_with_the_reason(
     home: Home, tiny_model: Path, fitted: Artifact
 ) -> None:
