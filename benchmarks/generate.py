@@ -4,7 +4,8 @@
 
 Each measurement is a process of its own that loads the model, warms up and then takes the time; kinds are interleaved.
 `stage`: token ids from messages, sampling with log-probabilities, cutting, merging, Parquet shards. `bare`: the same
-token ids and seeds through `LLM.generate` with vLLM's detokenizer. `bare, no seeds`: the fastest that vLLM does here.
+token ids, seeds and log-probabilities through `LLM.generate`, with vLLM's detokenizer. `bare, plain`: without seeds and
+log-probabilities, which training needs: the fastest that vLLM does here.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-KINDS = ("stage", "bare", "bare, no seeds")
+KINDS = ("stage", "bare", "bare, plain")
 
 
 def main() -> None:
@@ -148,8 +149,17 @@ def bare(options: argparse.Namespace, folder: Path, chat: Any, prompts: list[Any
     from vllm.inputs import TokensPrompt
 
     llm = LLM(**arguments)
-    seeds = [None if "no seeds" in options.measure else seed_of(0, p["prompt_id"]) for p in prompts]
-    params = [SamplingParams(n=options.n, temperature=1.0, max_tokens=options.max_tokens, seed=s) for s in seeds]
+    plain = options.measure == "bare, plain"
+    params = [
+        SamplingParams(
+            n=options.n,
+            temperature=1.0,
+            max_tokens=options.max_tokens,
+            seed=None if plain else seed_of(0, prompt["prompt_id"]),
+            logprobs=None if plain else 0,
+        )
+        for prompt in prompts
+    ]
     asked = [
         TokensPrompt(prompt_token_ids=chat.encode_prompt(p["messages"], options.max_prompt_tokens).token_ids)
         for p in prompts
