@@ -157,6 +157,7 @@ def bare(options: argparse.Namespace, folder: Path, chat: Any, prompts: list[Any
             max_tokens=options.max_tokens,
             seed=None if plain else seed_of(0, prompt["prompt_id"]),
             logprobs=None if plain else 0,
+            flat_logprobs=not plain,
         )
         for prompt in prompts
     ]
