@@ -22,6 +22,7 @@ from clha.stages.report import make_report
 FIGURES = {
     "gain", "reward-differences", "lengths", "reward-against-length", "candidate-rewards", "pair-gaps",
     "kept-by-distance", "candidate-length", "learning-curves", "better-and-worse", "reliability", "judges",
+    "reward-learning-curve",
 }  # fmt: skip
 
 
@@ -111,6 +112,7 @@ def test_a_run_that_is_not_evaluated_yet_has_a_report_of_what_there_is(tmp_path:
     assert "Not evaluated yet" in html
     assert set(re.findall(r'id="figure-([a-z-]+)"', html)) == {
         "candidate-rewards", "pair-gaps", "kept-by-distance", "candidate-length", "reliability",
+        "reward-learning-curve",
     }  # fmt: skip
     only_prepare = build_report(made.home, made.run, {"prepare": made.nodes["prepare"]}).read_text()
     assert "Prompts per split" in only_prepare
