@@ -3,7 +3,8 @@
 
 FROM python:3.11-slim-bookworm AS base
 RUN apt-get update && apt-get install -y --no-install-recommends make gcc g++ libnuma1 && rm -rf /var/lib/apt/lists/* \
-    && useradd --create-home clha
+    && useradd --create-home clha && install -d -o clha -g clha /home/clha/work /home/clha/work/.clha
+# A new volume takes over the owner of the folder it is mounted on: without .clha there it would be root's.
 USER clha
 WORKDIR /home/clha/work
 ENV PYTHONUNBUFFERED=1 HF_HUB_DISABLE_TELEMETRY=1 DO_NOT_TRACK=1 PATH=/home/clha/work/.venv/bin:$PATH

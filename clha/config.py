@@ -1,21 +1,34 @@
 """The typed settings tree behind pipelines.yaml: profiles, `--set`, and errors that name the nearest known key.
 
-Fields marked `execution(...)` say how the work is done, not what comes out: they are not part of any key.
+Fields marked `execution(...)` say how the work is done, not what comes out: they are not part of any key. Nor are
+those marked `place(...)`, files and folders: their content enters the key by its digest.
 """
 
-import difflib
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from clha.errors import UserError
+from clha.mistakes import explain, group_in, nearest
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 DType = Literal["float32", "bfloat16", "float16"]
+
+# What a setting that names a place can begin with instead of being a path.
+_NO_PATHS = ("hub:", "bundled:")
 
 
 def execution(default: Any, **limits: Any) -> Any:
@@ -23,17 +36,35 @@ def execution(default: Any, **limits: Any) -> Any:
     return Field(default, json_schema_extra={"execution": True}, **limits)
 
 
+def place(default: Any) -> Any:
+    """A file or folder, or a list of them: a relative path is taken from where it was written; not in the key."""
+    return Field(default, json_schema_extra={"execution": True, "place": True})
+
+
+def _marked(field: Any, mark: str) -> bool:
+    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get(mark))
+
+
 class Group(BaseModel):
     """A group of settings: unknown keys are errors, values cannot be changed after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python takes true for 1; whoever writes it where a number stands means something else."""
+        truths = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, bool)]
+        numbers = _types(cls.model_fields[info.field_name or ""].annotation) if truths else set()
+        if numbers & {int, float} and bool not in numbers:
+            raise ValueError("must be a whole number" if int in numbers else "must be a number")
+        return value
 
     def key_settings(self, *without: str) -> dict[str, Any]:
         """The settings that belong to a key, as plain JSON values; `without` names fields to leave out."""
         out: dict[str, Any] = {}
         for name, field in type(self).model_fields.items():
-            extra = field.json_schema_extra
-            if name in without or (isinstance(extra, dict) and extra.get("execution")):
+            if name in without or _marked(field, "execution"):
                 continue
             value = getattr(self, name)
             if isinstance(value, Group):
@@ -45,10 +76,17 @@ class Group(BaseModel):
         return out
 
 
+def _types(annotation: Any) -> set[type]:
+    """The plain types that an annotation is made of: {int, NoneType} of `Positive | None`."""
+    if isinstance(annotation, type) and not get_args(annotation):
+        return {annotation}
+    return {t for inner in get_args(annotation) for t in _types(inner)}
+
+
 class Policy(Group):
     """The language model that is aligned."""
 
-    model: str
+    model: str = place(...)
     chat_template: Literal["model", "hh"] = "model"
 
 
@@ -84,7 +122,7 @@ class Prepare(Group):
     """Where prompts and preference pairs come from."""
 
     source: Literal["hh_rlhf", "chat_jsonl", "trl", "datasets"]
-    path: str | list[str] = execution(...)  # the content enters the key by its digest, the place does not
+    path: str | Annotated[list[str], Field(min_length=1)] = place(...)
     subset: str | None = None  # the configuration of a Hub dataset, or the subset name of rows without one
     hub_split: str = "train"
     revision: str | None = None
@@ -92,13 +130,13 @@ class Prepare(Group):
     split_seed: int = 0
     limits: Limits = Limits()
     shard_size: Positive = 50_000  # prompts in one file of the output
-    max_quarantined: Share = 0.1
+    max_quarantined: Share = execution(0.1)
 
 
 class RewardFit(Group):
     """A Bradley-Terry head on the frozen features of an encoder, fitted on the pairs of one split."""
 
-    encoder: str = execution(...)  # enters the key by the digest of its files
+    encoder: str = place(...)
     layer: int | None = None  # hidden layer whose states are pooled; null: the last
     pooling: Literal["response_mean", "mean"] = "response_mean"
     max_tokens: Positive = 512
@@ -108,7 +146,7 @@ class RewardFit(Group):
     # Heads fitted on bootstrap samples of the dialogues, whose disagreement rescoring can use; 1: one head on all.
     members: Positive = 1
     seed: int = 0
-    max_quarantined: Share = 0.1
+    max_quarantined: Share = execution(0.1)
     tokens_per_batch: Positive = execution(4096)
 
 
@@ -123,7 +161,7 @@ class RewardModel(Group):
     """A reward model: `fitted` is what fit_reward makes, `ensemble` is several, `server` a vLLM pooling server."""
 
     type: Literal["fitted", "sequence_classification", "gpt_neox_reward_model", "server", "ensemble"] = "fitted"
-    model: str | None = execution(None)
+    model: str | None = place(None)
     url: str | None = execution(None)  # of the server, which has `model`; the key comes from VLLM_API_KEY
     members: list["RewardModel"] = []  # of the ensemble
     scale: Annotated[float, Field(gt=0)] = 1.0  # what a member's rewards are multiplied by
@@ -183,7 +221,7 @@ class Generate(Group):
     include: list[Literal["chosen", "rejected"]] = []
     shard_size: Positive = 64
     engine: Engine = Engine()
-    max_quarantined: Share = 0.1
+    max_quarantined: Share = execution(0.1)
 
     @model_validator(mode="after")
     def _greedy(self) -> "Generate":
@@ -207,7 +245,7 @@ class Noise(Group):
     # half; flip: |2p - 1|, turned round below one half.
     labels: Literal["weight", "drop", "flip"] = "weight"
     # from_column: Parquet file with prompt_id, better, worse (candidate ids) and this column.
-    file: str | None = execution(None)  # enters the key by its digest
+    file: str | None = place(None)
     column: str = "weight"
 
     @model_validator(mode="after")
@@ -225,10 +263,9 @@ class Rescore(Group):
     rank_by: Literal["reward", "label"] = "reward"
     noise: Noise = Noise()
     sft_threshold: float | Literal["fitted"] = 0.0
-    max_quarantined: Share = 0.1
-    processes: Positive = execution(
-        1
-    )  # that score at the same time, each on the next GPU or with its part of the threads
+    max_quarantined: Share = execution(0.1)
+    # Processes that score at the same time, each on the next GPU or with its part of the threads.
+    processes: Positive = execution(1)
 
 
 class Lora(Group):
@@ -271,7 +308,7 @@ class Train(Group):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     seed: int = 42
     bf16: bool = False
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = execution(False)
     save_dtype: DType = "float32"
     logging_steps: Positive = 1
     eval_steps: Positive | None = None
@@ -411,18 +448,6 @@ class Settings(Group):
         return self
 
 
-# Settings that name a file or folder: relative ones are resolved against the place where they were written.
-_PATHS = (
-    "policy.model",
-    "prepare.path",
-    "fit_reward.train.encoder",
-    "fit_reward.eval.encoder",
-    "rescore.reward.model",
-    "rescore.noise.file",
-    "evaluate.reward.model",
-)
-
-
 def load_settings(
     file: Path, profile: str | None = None, overrides: Iterable[str] = (), folder: Path | None = None
 ) -> tuple[str, Settings]:
@@ -436,12 +461,14 @@ def load_settings(
     profiles = document.get("profiles")
     if not isinstance(profiles, dict) or not profiles:
         raise UserError(f"{file}: no `profiles` in it")
-    unknown = set(document) - {"default", "profiles"}
+    unknown = [key for key in document if key not in ("default", "profiles")]
     if unknown:
-        raise UserError(f"{file}: unknown key `{min(unknown)}`; known are `default` and `profiles`")
-    name = profile or document.get("default") or next(iter(profiles))
-    tree = _extended(file, profiles, name, ())
-    _resolve_paths(tree, file.resolve().parent)
+        raise UserError(f"{file}: unknown key `{unknown[0]}`; known are `default` and `profiles`")
+    for key in profiles:
+        _profile_name(file, "`profiles`", key)
+    default = document.get("default")
+    name = profile or (next(iter(profiles)) if default is None else _profile_name(file, "`default`", default))
+    tree = _resolve_paths(_extended(file, profiles, name, ()), file.resolve().parent)
     return name, settings_from(tree, overrides, where=f"{file}, profile {name}", folder=folder)
 
 
@@ -451,13 +478,11 @@ def settings_from(
     """Check a settings tree (a profile, or the saved settings of a run) with `overrides` applied."""
     merged = _copy(tree)
     for override in overrides:
-        patch = _parse_override(override)
-        _resolve_paths(patch, folder or Path.cwd())
-        merged = _merge(merged, patch)
+        merged = _merge(merged, _resolve_paths(_parse_override(override), folder or Path.cwd()))
     try:
         return Settings.model_validate(merged)
     except ValidationError as error:
-        raise UserError(f"{where}: {_explain(error)}") from None
+        raise UserError(f"{where}: {explain(error, Settings)}") from None
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -469,18 +494,29 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: cannot be read: {error}") from None
     try:
         document = yaml.safe_load(text)
+        if not isinstance(document, dict):
+            raise UserError(f"{file}: must hold a mapping with `profiles`")
+        return _copy(document)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         at = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{file}{at}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    if not isinstance(document, dict):
-        raise UserError(f"{file}: must hold a mapping with `profiles`")
-    return document
+        problem = str(getattr(error, "problem", None) or error).splitlines()[0]
+        raise UserError(f"{file}{at}: not valid YAML: {problem}") from None
+    except ValueError as error:  # what looks like a date or number and is none
+        raise UserError(f"{file}: not valid YAML: {error}") from None
+    except RecursionError:
+        raise UserError(f"{file}: nested too deeply, or an alias in it refers to itself") from None
+
+
+def _profile_name(file: Path, key: str, name: Any) -> str:
+    if not isinstance(name, str):
+        raise UserError(f"{file}: {key} must give the name of a profile as text, it is {name!r}")
+    return name
 
 
 def _extended(file: Path, profiles: Mapping[str, Any], name: str, seen: tuple[str, ...]) -> dict[str, Any]:
     if name not in profiles:
-        raise UserError(f"{file}: no profile `{name}`{_nearest(name, profiles)}")
+        raise UserError(f"{file}: no profile `{name}`{nearest(name, profiles)}")
     if name in seen:
         raise UserError(f"{file}: profiles extend each other in a circle: {' -> '.join((*seen, name))}")
     own = profiles[name]
@@ -488,7 +524,10 @@ def _extended(file: Path, profiles: Mapping[str, Any], name: str, seen: tuple[st
         raise UserError(f"{file}: profile `{name}` must be a mapping")
     own = _copy(own)
     base = own.pop("extends", None)
-    return own if base is None else _merge(_extended(file, profiles, base, (*seen, name)), own)
+    if base is None:
+        return own
+    base = _profile_name(file, f"`profiles.{name}.extends`", base)
+    return _merge(_extended(file, profiles, base, (*seen, name)), own)
 
 
 def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -509,63 +548,30 @@ def _parse_override(override: str) -> dict[str, Any]:
         raise UserError(f"--set {override}: must be KEY=VALUE, e.g. --set train.learning_rate=1e-5")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise UserError(f"--set {override}: the value is not valid YAML") from None
     for part in reversed(key.strip().split(".")):
         value = {part: value}
     return value
 
 
-def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
-    for dotted in _PATHS:
-        *parents, last = dotted.split(".")
-        group: Any = tree
-        for part in parents:
-            group = group.get(part) if isinstance(group, dict) else None
-        if not isinstance(group, dict) or last not in group:
-            continue
-        value = group[last]
-        if isinstance(value, str):
-            group[last] = _resolved(value, folder, dotted)
-        elif isinstance(value, list):
-            group[last] = [_resolved(v, folder, dotted) if isinstance(v, str) else v for v in value]
-    for user in ("rescore", "evaluate"):
-        reward = (tree.get(user) or {}).get("reward") if isinstance(tree.get(user), dict) else None
-        for member in (reward.get("members") or []) if isinstance(reward, dict) else []:
-            if isinstance(member, dict) and isinstance(member.get("model"), str):
-                member["model"] = _resolved(member["model"], folder, f"{user}.reward.members.model")
+def _resolve_paths(tree: Any, folder: Path, model: type[BaseModel] | None = None) -> Any:
+    """A copy of `tree` in which no path is relative."""
+    if isinstance(tree, list):
+        return [_resolve_paths(item, folder, model) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    out = dict(tree)
+    for name, field in (model or Settings).model_fields.items():
+        if name in tree and _marked(field, "place"):
+            value = tree[name]
+            out[name] = [_resolved(v, folder) for v in value] if isinstance(value, list) else _resolved(value, folder)
+        elif name in tree and (group := group_in(field.annotation)):
+            out[name] = _resolve_paths(tree[name], folder, group)
+    return out
 
 
-def _resolved(value: str, folder: Path, dotted: str) -> str:
-    if ":" in value:  # bundled:..., hub:...
+def _resolved(value: Any, folder: Path) -> Any:
+    if not isinstance(value, str) or value.startswith(_NO_PATHS):
         return value
-    return str((folder / Path(value).expanduser()).resolve())
-
-
-def _explain(error: ValidationError) -> str:
-    """The first problem of a validation, as one line."""
-    first = error.errors(include_url=False)[0]
-    path = [str(p) for p in first["loc"] if not str(p).startswith(("function-", "literal[", "constrained"))]
-    dotted = ".".join(path)
-    if first["type"] == "extra_forbidden":
-        return f"unknown key `{dotted}`{_nearest(path[-1], _known(path[:-1]))}"
-    if first["type"] == "missing":
-        return f"`{dotted}` is missing"
-    message = first["msg"].removeprefix("Value error, ")
-    value = f" (it is {first['input']!r})" if not isinstance(first["input"], dict | BaseModel) else ""
-    return f"`{dotted}`: {message}{value}" if dotted else message
-
-
-def _known(path: list[str]) -> list[str]:
-    model: Any = Settings
-    for part in (p for p in path if not p.isdigit()):
-        annotation = model.model_fields[part].annotation
-        options = (annotation, *getattr(annotation, "__args__", ()))
-        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
-    return list(model.model_fields)
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean `{near[0]}`?" if near else f"; known are {', '.join(f'`{k}`' for k in known)}"
+    return str((folder / os.path.expanduser(value)).resolve())  # Path's own raises for a user who does not exist

@@ -4,6 +4,7 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +55,36 @@ class FileDigests:
         """sha256 of the file at `path`, computed only when the file changed since the last call."""
         stat = path.stat()
         state = (str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino)
-        with sqlite3.connect(self._database, timeout=30) as db:
-            db.execute("create table if not exists digest (path text primary key, size, mtime, inode, sha256)")
+        try:
+            return self._remembered(path, state)
+        except sqlite3.OperationalError:  # locked for too long, or no room: nothing is wrong with what is there
+            raise
+        except sqlite3.DatabaseError:  # damaged; all that is in it can be computed
+            self._database.with_name(f"{self._database.name}-journal").unlink(missing_ok=True)
+            self._database.unlink(missing_ok=True)
+            return self._remembered(path, state)
+
+    def _remembered(self, path: Path, state: tuple[str, int, int, int]) -> str:
+        with closing(self._connection()) as db:
             row = db.execute(
                 "select sha256 from digest where path = ? and size = ? and mtime = ? and inode = ?", state
             ).fetchone()
         if row:
             return str(row[0])
-        sha = file_sha256(path)
-        with sqlite3.connect(self._database, timeout=30) as db:
+        sha = file_sha256(path)  # no connection is open meanwhile: others are not kept waiting
+        with closing(self._connection()) as db, db:
             db.execute("insert or replace into digest values (?, ?, ?, ?, ?)", (*state, sha))
         return sha
+
+    def _connection(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self._database, timeout=30)
+        try:
+            with db:
+                db.execute("create table if not exists digest (path text primary key, size, mtime, inode, sha256)")
+        except BaseException:
+            db.close()
+            raise
+        return db
 
     def of_files(self, files: Iterable[Path], root: Path) -> str:
         """One digest of several files: their names below `root` and their contents."""

@@ -31,11 +31,12 @@ def resolve_model(reference: str, home: Home) -> ModelFolder:
     `BUNDLED`. Raises UserError when it is no model folder, or holds no safetensors.
     """
     check_reference(reference)
-    scheme, colon, name = reference.partition(":")
-    if not colon:
-        folder = Path(reference)
+    if reference.startswith("bundled:"):
+        folder = _bundled(reference.removeprefix("bundled:"), home)
+    elif reference.startswith("hub:"):
+        folder = _hub_snapshot(reference.removeprefix("hub:"))
     else:
-        folder = _bundled(name, home) if scheme == "bundled" else _hub_snapshot(name)
+        folder = Path(reference)
     check_model_folder(folder, reference)
     files = {f for pattern in _MODEL_FILES for f in folder.glob(pattern) if f.is_file()}
     return ModelFolder(folder, home.digests.of_files(files, folder))
@@ -43,20 +44,18 @@ def resolve_model(reference: str, home: Home) -> ModelFolder:
 
 def check_reference(reference: str) -> None:
     """What can be said of a reference before anything is fetched or made. Raises UserError."""
-    scheme, colon, name = reference.partition(":")
-    if not colon:
-        check_model_folder(Path(reference), reference)
-    elif scheme == "bundled":
+    if reference.startswith("bundled:"):
+        name = reference.removeprefix("bundled:")
         if name not in BUNDLED:
             raise UserError(f"model bundled:{name}: there is {', '.join(sorted(BUNDLED))}")
-    elif scheme != "hub":
-        raise UserError(f"model {reference!r}: must be a folder, hub:owner/name or bundled:name")
+    elif not reference.startswith("hub:"):
+        check_model_folder(Path(reference), reference)
 
 
 def check_model_folder(folder: Path, reference: str) -> None:
     """Raises UserError when `folder` is not a Hugging Face model folder with safetensors."""
     if not folder.is_dir():
-        raise UserError(f"model {reference!r}: no such folder {folder}")
+        raise UserError(f"model {reference!r}: no such folder; give a folder, hub:owner/name or bundled:name")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -20,6 +20,7 @@ from prefect.artifacts import (
 from prefect.exceptions import MissingContextError, PrefectException
 from prefect.logging import get_run_logger
 
+from clha.digests import digest_of
 from clha.progress import Event
 from clha.runs import Run
 from clha.stages.runner import Built
@@ -42,9 +43,19 @@ def run_logger() -> "logging.Logger | logging.LoggerAdapter[Any]":
         return logging.getLogger("clha")
 
 
-def artifact_key(*parts: str) -> str:
-    """An artifact key from names: lowercase letters, digits and dashes."""
-    return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")
+def artifact_key(run: str, *parts: str) -> str:
+    """An artifact key from a run's name and names of ours: lowercase letters, digits and dashes.
+
+    A run whose name has other characters gets a few digits of its digest: `a.b`, `a-b` and `A_B` stay apart.
+    """
+    name = _dashed(run)
+    if name != run:
+        name = f"{name}-{digest_of(run)[:6]}"
+    return "-".join([name, *map(_dashed, parts)])
+
+
+def _dashed(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def publish(call: Callable[[], Any]) -> Any:
@@ -171,6 +182,15 @@ def _number(value: Any) -> Any:
 
 def publish_result(run: str, metrics: dict[str, Any] | None, report: str | None, seconds: float, reused: bool) -> None:
     """The end of a run: verdict, metrics per subset, where the report lies."""
+    text = result_summary(run, metrics, report, seconds, reused)
+    publish(lambda: create_markdown_artifact(text, key=artifact_key(run, "result"), description="result"))
+    rows = metrics_rows(metrics) if metrics else []
+    if rows:
+        publish(lambda: create_table_artifact(rows, key=artifact_key(run, "metrics"), description="reward per subset"))
+
+
+def result_summary(run: str, metrics: dict[str, Any] | None, report: str | None, seconds: float, reused: bool) -> str:
+    """Markdown: how a run ended."""
     lines = [f"## run `{run}`", ""]
     if reused:
         lines += ["Nothing was new: every stage was reused.", ""]
@@ -179,12 +199,9 @@ def publish_result(run: str, metrics: dict[str, Any] | None, report: str | None,
         lines += [f"**{sentence}**", "", f"{figures[0].upper()}{figures[1:]}.", ""]
         lines += [f"Wins {metrics['wins']}, ties {metrics['ties']}, losses {metrics['losses']}.", ""]
     if report:
-        lines += [f"Report: [{report}](file://{report})", ""]
+        lines += [f"Report: `{report}`", ""]  # a browser follows no file: link from a page that came by http
     lines.append(f"{seconds:.0f} seconds.")
-    publish(lambda: create_markdown_artifact("\n".join(lines), key=artifact_key(run, "result"), description="result"))
-    rows = metrics_rows(metrics) if metrics else []
-    if rows:
-        publish(lambda: create_table_artifact(rows, key=artifact_key(run, "metrics"), description="reward per subset"))
+    return "\n".join(lines)
 
 
 def publish_noise(home: Home, run: Run) -> None:

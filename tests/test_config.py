@@ -75,6 +75,13 @@ def test_paths_are_taken_from_where_they_are_written(file: Path, tmp_path: Path)
     _, settings = load_settings(file, overrides=["prepare.path=e.jsonl"], folder=elsewhere)
     assert settings.prepare.path == str(elsewhere / "e.jsonl")
     assert settings.rescore.reward.model == "hub:a/b"
+    paths = ["prepare.path=[data:v2.jsonl, hub:a/b]", "policy.model=bundled:tiny-random", "generate.stop=[a]"]
+    ensemble = "rescore.reward={type: ensemble, model: null, members: [{type: sequence_classification, model: m}]}"
+    _, settings = load_settings(file, overrides=[*paths, ensemble], folder=elsewhere)
+    assert settings.prepare.path == [str(elsewhere / "data:v2.jsonl"), "hub:a/b"]  # only known prefixes are no paths
+    assert settings.policy.model == "bundled:tiny-random" and settings.generate.stop == ["a"]
+    assert settings.rescore.reward.members[0].model == str(elsewhere / "m")
+    assert settings.evaluate.reward.model == "hub:c/d"
 
 
 @pytest.mark.parametrize(
@@ -100,7 +107,26 @@ def test_paths_are_taken_from_where_they_are_written(file: Path, tmp_path: Path)
         ("train.sharding=full_shard", "sharding full_shard needs processes above 1"),
         ("train.label_smoothing=0.1", "label_smoothing needs loss dpo_smoothed or dpo_robust, it is clha"),
         ("train.lora.rnak=4", "unknown key `train.lora.rnak`; did you mean `rank`"),
-        ("policy=null", "`policy`"),
+        ("policy=null", "`policy`: must be a mapping of settings .it is null"),
+        ("policy.model=3", "`policy.model`: must be text .it is 3"),
+        ("train.lora=3", "`train.lora`: must be a mapping of settings .it is 3"),
+        ("train.bf16=maybe", "`train.bf16`: must be true or false"),
+        ("generate.stop=x", "`generate.stop`: must be a list "),
+        ("generate.n=true", "`generate.n`: must be a whole number .it is true"),
+        ("noise_study.seeds=[0, true]", "`noise_study.seeds`: must be a whole number"),
+        ("train.margin=false", "`train.margin`: must be a number .it is false"),
+        ("train.margin=.inf", "`train.margin`: must be a finite number"),
+        ("rescore.sft_threshold=.nan", "`rescore.sft_threshold`: must be a finite number or 'fitted' .it is NaN"),
+        ("rescore.noise.calibration=.inf", "`rescore.noise.calibration`: .* or a finite number"),
+        ("rescore.noise.flip_rate=0.7", "`rescore.noise.flip_rate`: must be 'fit' or less than 0.5 .it is 0.7"),
+        ("noise_study.rates=[.nan]", "`noise_study.rates.0`: must be a finite number"),
+        ("prepare.path=[]", r"`prepare.path`: must be text or a list of at least 1 .it is \[\]"),
+        ("prepare.path=3", "`prepare.path`: must be text or a list .it is 3"),
+        ("prepare.path=[a, 1]", r"`prepare.path.1`: must be text .it is 1"),
+        ("rescore.reward.members=[{type: x}]", "`rescore.reward.members.0.type`: must be 'fitted', "),
+        ("rescore.reward.members=[{tpye: x}]", "unknown key `rescore.reward.members.0.tpye`; did you mean `type`"),
+        ("policy={1: 2}", "`policy.1`: must be text, as every key"),
+        ("train.max_steps=2026-13-45", "not valid YAML"),
         ("nokey", "must be KEY=VALUE"),
         ("a..b=1", "must be KEY=VALUE"),
         ("train.margin=[1", "not valid YAML"),
@@ -124,6 +150,17 @@ def test_a_wrong_override_is_one_line_that_names_the_key(file: Path, override: s
         ("profiles: {a: {extends: b}, b: {extends: a}}\ndefault: a", "circle: a -> b -> a"),
         ("profiles: {p: {policy: {model: m}}}", "`prepare` is missing"),
         ("profiles: {p: {}}\nprofile: x", "unknown key `profile`"),
+        ("default: [demo]\nprofiles: {p: {}}", "`default` must give the name of a profile as text, it is ['demo']"),
+        ("default: 0\nprofiles: {p: {}}", "`default` must give the name"),
+        ("profiles: {p: {extends: [x]}}", "`profiles.p.extends` must give the name of a profile as text, it is ['x']"),
+        ("profiles: {p: {extends: 0}}", "`profiles.p.extends` must give the name"),
+        ("profiles: {1: {}}", "`profiles` must give the name of a profile as text, it is 1"),
+        ("profiles: {p: {}}\n1: x\nb: y", "unknown key `1`"),
+        ("profiles: {p: {prepare: 2026-13-45}}", "not valid YAML: month must be in 1..12"),
+        ("profiles: {p: \0}", "not valid YAML: unacceptable character"),
+        ("profiles: &a {p: *a}", "an alias in it refers to itself"),
+        ("profiles: " + "[" * 5000, "nested too deeply"),
+        ("profiles: {p: {[1]: 2}}", "line 1: not valid YAML"),
         ("profiles: {p: !!python/object/apply:os.system ['true']}", "not valid YAML"),
     ],
 )
@@ -132,6 +169,7 @@ def test_a_wrong_file_is_one_line_that_names_it(file: Path, text: str, expected:
     with pytest.raises(UserError) as caught:
         load_settings(file)
     assert str(file) in str(caught.value) and expected in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_missing_file_says_how_to_name_another(tmp_path: Path):
@@ -147,6 +185,16 @@ def test_execution_settings_stay_out_of_the_key(file: Path):
     assert a.rescore.key_settings() == b.rescore.key_settings()
     _, c = load_settings(file, overrides=["train.margin=1"])
     assert a.train.key_settings() != c.train.key_settings()
+
+
+def test_what_changes_no_result_is_in_no_key(root: Path):
+    _, a = load_settings(root / "pipelines.yaml", "demo")
+    settings = ["prepare", "fit_reward.train", "fit_reward.eval", "generate", "rescore", "evaluate"]
+    allowed = [f"{name}.max_quarantined=0.5" for name in settings]
+    places = ["policy.model=m", "prepare.path=d", "fit_reward.train.encoder=e"]
+    changed = [*allowed, "train.gradient_checkpointing=true", *places]
+    _, b = load_settings(root / "pipelines.yaml", "demo", overrides=changed)
+    assert a != b and a.key_settings() == b.key_settings()
 
 
 def test_numbers_in_exponent_form_are_numbers(file: Path):

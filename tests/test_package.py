@@ -47,3 +47,10 @@ def test_every_declared_dependency_is_pinned_and_has_its_reason():
         name = re.split(r"[=<>\[]", requirement)[0].lower()
         assert name in pinned, f"{name} is not pinned"
         assert name in reasons, f"{name} has no reason in docs/dependencies.md"
+
+
+def test_the_volume_of_the_container_is_mounted_on_a_folder_that_its_user_owns():
+    text = (ROOT / "Dockerfile").read_text()
+    (mounted,) = re.findall(r"-v clha-home:(\S+)", text)
+    as_root = text.split("\nUSER ")[0]
+    assert re.search(rf"install -d -o clha -g clha [^\n]*{re.escape(mounted)}\n", as_root)

@@ -29,15 +29,19 @@ def local_files(path: str) -> list[Path]:
 
 
 def source_digest(prepare: Prepare, home: Home) -> str:
-    """Digest of the content of a source: its files' bytes, or the commit of a Hub dataset."""
+    """Digest of the content of a source: its files' names and bytes, or the name and commit of a Hub dataset.
+
+    A name that enters rows as their `source` or `subset` is content, the rest of a path is not.
+    """
     parts: list[Any] = []
     for path in source_paths(prepare):
         if path.startswith("hub:"):
             name, folder, revision = hub_reference(path, prepare.revision)
-            parts.append([hub_commit(name, revision), folder])
-        else:
-            files = local_files(path)
-            parts.append(home.digests.of_files(files, files[0].parent if Path(path).is_file() else Path(path)))
+            parts.append([name, hub_commit(name, revision), folder])
+            continue
+        files = local_files(path)
+        digest = home.digests.of_files(files, files[0].parent if Path(path).is_file() else Path(path))
+        parts.append([Path(path).name, digest] if prepare.source == "datasets" else digest)
     return digest_of(parts)
 
 

@@ -133,7 +133,7 @@ def _features(study: Study, rows: dict[str, list[dict[str, Any]]]) -> dict[str, 
             writer.write_shard("features", index, pa.table({"values": list(values.astype(np.float32))}))
         return {"rows": len(items)}
 
-    what = {"fit": study.fit.key_settings("l2", "folds", "sft_quantile", "seed", "members", "max_quarantined")}
+    what = {"fit": study.fit.key_settings("l2", "folds", "sft_quantile", "seed", "members")}
     artifact = study.cell("noise_features", what | {"ids": digest_of([r["id"] for r in wanted])}, make)
     values = np.stack(artifact.read("features")["values"].to_numpy(zero_copy_only=False)).astype(float)
     values = values.reshape(len(wanted), 2, -1)

@@ -59,19 +59,21 @@ def test_a_stage_shows_a_summary_its_progress_and_its_quarantine(
     prefect_server: None, request_on_pairs: launch.Request, tmp_path: Path
 ):
     from flows.pipeline import pipeline
+    from flows.present import artifact_key
 
     with open(tmp_path / "pairs.jsonl", "a", encoding="utf-8") as file:
         file.write('{"messages": [{"role": "user", "content": "Only this?"}], "chosen": "", "rejected": "x"}\n')
     keys = pipeline(**parameters(request_on_pairs, "Shown.1"))
     assert list(keys) == ["prepare"]
-    shown = artifacts("shown-1")
-    assert {"shown-1-prepare", "shown-1-prepare-progress", "shown-1-prepare-quarantine", "shown-1-result"} <= set(shown)
-    assert "| prepare | built |" in shown["shown-1-prepare"].data
-    assert float(shown["shown-1-prepare-progress"].data) == 100
+    name = artifact_key("Shown.1")
+    shown = artifacts(name)
+    assert {f"{name}-{what}" for what in ("prepare", "prepare-progress", "prepare-quarantine", "result")} <= set(shown)
+    assert "| prepare | built |" in shown[f"{name}-prepare"].data
+    assert float(shown[f"{name}-prepare-progress"].data) == 100
     pipeline(**parameters(request_on_pairs, "Shown.1"))
-    shown = artifacts("shown-1")
-    assert "| prepare | reused |" in shown["shown-1-prepare"].data
-    assert "every stage was reused" in shown["shown-1-result"].data
+    shown = artifacts(name)
+    assert "| prepare | reused |" in shown[f"{name}-prepare"].data
+    assert "every stage was reused" in shown[f"{name}-result"].data
 
 
 def test_a_flow_run_whose_process_died_is_set_to_crashed_and_one_at_work_is_not(

@@ -1,5 +1,6 @@
 """What the UI is given: keys it accepts, tables that are JSON, lines within bounds; a lost server is no failure."""
 
+import re
 from typing import Any
 
 import httpx
@@ -25,12 +26,24 @@ def publishing(monkeypatch: pytest.MonkeyPatch):
     ("parts", "key"),
     [
         (("demo", "fit_reward.train", "progress"), "demo-fit-reward-train-progress"),
-        (("Nightly_2026.01.02", "train"), "nightly-2026-01-02-train"),
-        (("r-", "x"), "r-x"),
+        (("nightly-2026-01-02", "train"), "nightly-2026-01-02-train"),
+        (("demo", "noise-study", "Found, by rate"), "demo-noise-study-found-by-rate"),
     ],
 )
 def test_artifact_keys_are_lowercase_letters_digits_and_dashes(parts: tuple[str, ...], key: str):
     assert present.artifact_key(*parts) == key
+
+
+def test_artifact_keys_of_different_runs_differ():
+    names = ["a-b", "a.b", "A_B", "a_b", "a--b", "a-b-", "A-B"]
+    keys = {present.artifact_key(name, "train") for name in names}
+    assert len(keys) == len(names) and "a-b-train" in keys
+    assert all(re.fullmatch(r"a-b(-[0-9a-f]{6})?-train", key) for key in keys)
+
+
+def test_the_report_of_a_result_is_a_path_to_copy_and_no_link_that_a_browser_ignores():
+    text = present.result_summary("r", None, "/home/me/.clha/reports/r/report.html", 61.2, reused=True)
+    assert "Report: `/home/me/.clha/reports/r/report.html`" in text and "file:" not in text and "](" not in text
 
 
 def test_the_table_of_metrics_has_a_row_for_all_and_for_each_subset_and_holds_no_nan():

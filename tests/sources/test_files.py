@@ -8,6 +8,9 @@ import pytest
 from clha.config import Prepare
 from clha.errors import UserError
 from clha.sources.files import hub_reference, local_files, source_digest, source_paths
+from clha.sources.lines import Meter
+from clha.sources.reading import read_source
+from clha.sources.rows import Row
 from clha.store import Home
 
 
@@ -42,6 +45,26 @@ def test_the_digest_is_the_content_and_not_the_place(tmp_path: Path):
     # The name of a file is its default subset, so it belongs to the content.
     shutil.move(tmp_path / "one" / "a.jsonl", tmp_path / "one" / "b.jsonl")
     assert source_digest(Prepare(source="trl", path=str(tmp_path / "one")), home) != first
+
+
+def test_a_name_that_enters_the_rows_belongs_to_the_content(tmp_path: Path):
+    """`datasets` names rows after the folder or Hub dataset itself, so another name is another source."""
+    home = Home(tmp_path / "home").create()
+    for place in ("one", "two", "elsewhere/one"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "a.jsonl").write_text('{"prompt": "x"}\n')
+
+    def read(path: str) -> tuple[set[tuple[str, str]], str]:
+        prepare = Prepare(source="datasets", path=path)
+        rows = [row for row in read_source(prepare, Meter()) if isinstance(row, Row)]
+        return {(row.source, row.subset) for row in rows}, source_digest(prepare, home)
+
+    one, two, moved = (read(str(tmp_path / place)) for place in ("one", "two", "elsewhere/one"))
+    assert one[0] == {("one", "one")} and two[0] == {("two", "two")}
+    assert one == moved and one[1] != two[1]
+    commit = "0123456789" * 4
+    first, renamed = (source_digest(Prepare(source="datasets", path=f"hub:{n}@{commit}"), home) for n in ("a/b", "a/c"))
+    assert first != renamed
 
 
 @pytest.mark.parametrize(

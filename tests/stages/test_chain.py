@@ -158,7 +158,7 @@ def test_changed_code_rebuilds(home: Home, root: Path, data: Path, built: Run, m
 
 def test_the_same_content_under_another_key_saves_what_follows(home: Home, root: Path, data: Path, built: Run):
     """An artifact that comes out the same although its settings differ leaves everything after it fresh."""
-    s = settings(root, data, "prepare.max_quarantined=0.5")
+    s = settings(root, data, "prepare.shard_size=9")
     planned = chain.plan(home, built, s)[0]
     assert planned.state == "stale"
     old = home.find("prepare", built.nodes["prepare"])
