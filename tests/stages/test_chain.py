@@ -208,14 +208,13 @@ def test_a_damaged_artifact_is_built_again(home: Home, root: Path, data: Path, b
     assert states(home, built, settings(root, data))["score"] == "stale"
 
 
-def test_taken_stages_are_used_as_recorded(home: Home, root: Path, data: Path, built: Run):
-    s = settings(root, data, "generate.temperature=0.5", "train.margin=0.9")
-    taken = ["prepare", "fit_reward", "generate", "rescore"]
-    planned = {p.node.name: p for p in chain.plan(home, built, s, taken=taken)}
-    assert planned["generate"].key == built.nodes["generate"] and planned["generate"].state == "fresh"
-    assert planned["train"].state == "stale"
-    with pytest.raises(UserError, match="has no finished prepare"):
-        chain.plan(home, Run("empty", "smoke", {}), s, taken=taken)
+def test_a_taken_node_is_used_as_the_run_recorded_it(home: Home, root: Path, data: Path, built: Run):
+    changed = settings(root, data, "generate.temperature=0.5")
+    node = next(n for n in chain.nodes(changed) if n.name == "generate")
+    taken = chain.taken_node(home, built, node)
+    assert taken.key == built.nodes["generate"] and taken.state == "fresh"
+    with pytest.raises(UserError, match="has no finished generate"):
+        chain.taken_node(home, Run("empty", "smoke", {}), node)
 
 
 def test_why_names_the_part_that_changed_with_old_and_new_value(home: Home, root: Path, data: Path, built: Run):
