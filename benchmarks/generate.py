@@ -68,10 +68,10 @@ def main() -> None:
 def measured(options: argparse.Namespace) -> dict[str, Any]:
     """Tokens, seconds, start-up seconds and peak memory of one kind of run in this process."""
     from clha.chat import load_chat
-    from clha.config import Engine as EngineSettings
     from clha.digests import prompt_id
     from clha.generation.requests import Sampling
     from clha.models import resolve_model
+    from clha.settings import Engine as EngineSettings
     from clha.stages.work import peak_memory_bytes
     from clha.store import Home
 

@@ -10,7 +10,7 @@ from prefect.deployments.runner import RunnerDeployment
 from prefect.schedules import Cron, Schedule
 from prefect.types.entrypoint import EntrypointType
 
-from clha.config import Settings
+from clha.settings import Settings
 from clha.store import Home
 from flows.noise_study import noise_study
 from flows.orphans import bury

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clha.config import Settings, load_settings, settings_from
+from clha.config import load_settings, settings_from
 from clha.errors import StageFailure, UserError
 from clha.evaluation.verdict import digits_for, signed, verdict
 from clha.models import check_reference, resolve_model
 from clha.reporting.freshness import report_path
 from clha.runs import Run, check_run_name, existing_run, load_run, run_lock, save_run
+from clha.settings import Settings
 from clha.sources.files import local_files, source_paths
 from clha.stages import chain, runner
 from clha.store import Artifact, Home

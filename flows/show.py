@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clha.config import Settings, load_settings
+from clha.config import load_settings
 from clha.errors import UserError
 from clha.process import python_module
 from clha.reporting.freshness import report_path
 from clha.runs import Run, existing_run, load_run, run_names
+from clha.settings import Settings
 from clha.stages import chain, runner
 from clha.stages.report import report_is_fresh
 from clha.store import Home

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clha.config import Settings
 from clha.errors import UserError
 from clha.runs import Run, check_run_name, existing_run, load_run
+from clha.settings import Settings
 from clha.stages import runner
 from clha.stages.study_cells import count_cells
 from clha.store import Home

@@ -7,10 +7,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from clha.config import Settings
 from clha.digests import digest_of, prompt_id
 from clha.progress import Event, Progress
 from clha.schema import CANDIDATES, PROMPTS, SPLITS
+from clha.settings import Settings
 from clha.stages.chain import nodes
 from clha.stages.work import Work
 from clha.store import Artifact, ArtifactWriter, Home

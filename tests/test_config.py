@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from clha.config import Settings, load_settings, settings_from
+from clha.config import load_settings, settings_from
 from clha.errors import UserError
+from clha.settings import Settings
 
 MINIMAL = """
 profiles:
@@ -62,7 +63,7 @@ def test_a_key_stands_under_a_comment_for_every_setting_of_the_default_profile(r
                     walk(inner, tree[name], f"{path}{name}.")
 
     walk(Settings, demo, "")
-    # What only some sources and machines need has its default in clha/config.py and its place in the docs.
+    # What only some sources and machines need has its default in clha/settings.py and its place in the docs.
     assert set(missing) <= {"prepare.subset", "prepare.hub_split", "prepare.revision", "prepare.limits.reward_train",
                             "prepare.limits.reward_eval"}  # fmt: skip
     assert "#" in text

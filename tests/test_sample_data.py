@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from clha.config import Prepare
+from clha.settings import Prepare
 from clha.sources.lines import Meter
 from clha.sources.reading import read_source
 from clha.sources.rows import Row

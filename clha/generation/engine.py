@@ -8,10 +8,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from clha.config import Engine as EngineSettings
 from clha.errors import StageFailure, TransientFailure, UserError
 from clha.generation.requests import Engine, Request, Result, Sample, Sampling
 from clha.progress import Progress
+from clha.settings import Engine as EngineSettings
 
 # What vLLM needs on CPUs beside its arguments.
 _CPU_ENVIRONMENT = {

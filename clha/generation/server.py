@@ -9,10 +9,10 @@ from typing import Any
 
 import httpx
 
-from clha.config import Engine as EngineSettings
 from clha.digests import file_sha256
 from clha.errors import StageFailure, TransientFailure, UserError
 from clha.generation.requests import Request, Result, Sample, Sampling
+from clha.settings import Engine as EngineSettings
 
 _ATTEMPTS = 6
 _FIRST_DELAY = 0.5  # seconds; doubles with each attempt

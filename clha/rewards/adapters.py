@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from clha.config import RewardModel
 from clha.errors import UserError
 from clha.rewards.features import FrozenEncoder
 from clha.rewards.head import load_head
 from clha.rewards.interface import Done, RewardScorer, Scored, one_member, torch_dtype
 from clha.rewards.scoring import Padding, lengths_mask, padded, run_batches
 from clha.rewards.texts import RewardInput, encode_all, text_encoder
+from clha.settings import RewardModel
 
 
 class EncoderHead:

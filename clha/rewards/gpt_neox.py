@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from clha.config import RewardModel
 from clha.errors import UserError
 from clha.rewards.interface import Done, Scored, one_member, torch_dtype
 from clha.rewards.scoring import Padding, lengths_mask, padded, run_batches
@@ -28,6 +27,7 @@ from clha.rewards.texts import (
     leading_system_turns,
     without_oldest_turns,
 )
+from clha.settings import RewardModel
 
 _END = "<|endoftext|>"
 _ROLES = {"user": "<|prompter|>", "assistant": "<|assistant|>", "system": "<|system|>"}

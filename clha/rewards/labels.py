@@ -7,9 +7,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from clha import noise
-from clha.config import Noise
 from clha.rewards.rules import LabelTrust, all_ranked
 from clha.rewards.weighing import RewardTable
+from clha.settings import Noise
 
 LABELS = pa.schema(
     [

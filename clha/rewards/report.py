@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clha.config import RewardFit
 from clha.rewards.calibration import fit_temperature, measure, reliability
 from clha.rewards.fitting import (
     CrossValidation,
@@ -22,6 +21,7 @@ from clha.rewards.fitting import (
     wilson_interval,
 )
 from clha.rewards.head import Head
+from clha.settings import RewardFit
 
 Floats = NDArray[np.float64]
 

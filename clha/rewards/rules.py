@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from clha import noise
-from clha.config import Noise
 from clha.errors import UserError
 from clha.rewards.weighing import Ranked, RewardTable, Rule, Totals, Weighed, ranked_prompts
+from clha.settings import Noise
 
 Floats = NDArray[np.float64]
 

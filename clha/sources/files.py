@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from clha.config import Prepare
 from clha.digests import digest_of
 from clha.errors import UserError
+from clha.settings import Prepare
 from clha.store import Home
 
 _HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:/(?P<folder>[\w./-]+?))?(?:@(?P<revision>[\w./-]+))?")

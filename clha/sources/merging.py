@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clha.config import Limits, Splits
 from clha.digests import prompt_id
+from clha.settings import Limits, Splits
 from clha.sources.rows import BadRow, Row
 from clha.sources.splits import first_user_turn, limit_order, split_of
 

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from clha.config import Prepare
 from clha.errors import UserError
+from clha.settings import Prepare
 from clha.sources import hub
 from clha.sources.chat_jsonl import chat_row
 from clha.sources.files import hub_commit, hub_reference, local_files, source_paths

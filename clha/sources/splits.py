@@ -3,9 +3,9 @@
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 
-from clha.config import Splits
 from clha.digests import unit_of
 from clha.errors import StageFailure
+from clha.settings import Splits
 
 EVALUATION_SPLITS = ("dev", "test", "reward_eval")
 

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from clha.config import RewardFit, RewardModel, Settings
 from clha.digests import digest_of
 from clha.errors import UserError
 from clha.models import resolve_model
 from clha.runs import Run
 from clha.schema import SCHEMA_VERSION
+from clha.settings import RewardFit, RewardModel, Settings
 from clha.sources.files import source_digest, weights_file_digest
 from clha.stages import evaluate, fit_reward, generate, prepare, rescore, train
 from clha.store import Artifact, Home, kind_of

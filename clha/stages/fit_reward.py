@@ -15,9 +15,9 @@ from clha.store import Artifact, write_atomic
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from clha.config import RewardFit
     from clha.rewards.features import FrozenEncoder
     from clha.rewards.texts import RewardInput
+    from clha.settings import RewardFit
     from clha.stages.work import Work
 
 CODE_VERSION = {"fit_reward": 2}

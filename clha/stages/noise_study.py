@@ -23,8 +23,8 @@ from clha.stages.study_cells import JUDGED, CellProgress, Study, StudyInput, cou
 from clha.store import Artifact, ArtifactWriter, Home, write_atomic
 
 if TYPE_CHECKING:
-    from clha.config import NoiseStudy, RewardFit, Settings
     from clha.runs import Run
+    from clha.settings import NoiseStudy, RewardFit, Settings
     from clha.study.detection import Detection, LabelledPairs
 
 _SHARD = 128

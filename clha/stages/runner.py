@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clha.config import Settings
 from clha.errors import StageFailure, TransientFailure
 from clha.process import python_module, run_child
 from clha.progress import Event, failure_of
 from clha.runs import Run, save_run
+from clha.settings import Settings
 from clha.stages import chain
 from clha.store import Artifact, Home
 

@@ -16,8 +16,8 @@ from clha.schema import REWARDS
 from clha.store import Artifact, ArtifactWriter, read_parquet
 
 if TYPE_CHECKING:
-    from clha.config import RewardModel
     from clha.rewards.adapters import RewardScorer, Scored
+    from clha.settings import RewardModel
 
 _READ = ["prompt_id", "candidate_id", "text", "truncated_turns"]
 _POLL_SECONDS = 0.2

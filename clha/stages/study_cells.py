@@ -13,7 +13,7 @@ from clha.schema import SCHEMA_VERSION
 from clha.store import Artifact, ArtifactWriter, Home
 
 if TYPE_CHECKING:
-    from clha.config import NoiseStudy, RewardFit
+    from clha.settings import NoiseStudy, RewardFit
 
 CODE_VERSION = {"noise_features": 1, "noise_detection": 2, "noise_training": 1}
 

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from clha.config import Lora, Settings
 from clha.errors import UserError
 from clha.process import child_main
 from clha.progress import Progress
+from clha.settings import Lora, Settings
 
 RENDEZVOUS = "CLHA_RENDEZVOUS"  # the file through which the processes of a run find each other
 _OUTCOME = "outcome.json"

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clha.config import Settings
 from clha.errors import UserError
 from clha.progress import Progress
+from clha.settings import Settings
 from clha.store import Artifact, ArtifactWriter, Home
 from clha.versions import installed_versions
 

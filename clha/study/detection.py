@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clha import noise
-from clha.config import RewardFit
 from clha.digests import unit_of
 from clha.rewards.calibration import fit_temperature
 from clha.rewards.fitting import Standardiser, cross_validate, fit_head, wilson_interval
+from clha.settings import RewardFit
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]

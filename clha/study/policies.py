@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 
 from clha.chat import Chat, Unusable, load_chat
-from clha.config import NoiseStudy
 from clha.progress import Progress
+from clha.settings import NoiseStudy
 from clha.training.batches import Layout, RankedPrompt
 from clha.training.logprobs import sum_by_response
 

@@ -15,12 +15,13 @@ from typing import Any
 import httpx
 import pytest
 
-from clha.config import Engine, settings_from
+from clha.config import settings_from
 from clha.errors import StageFailure, TransientFailure, UserError
 from clha.generation import server as server_module
 from clha.generation.requests import Request, Sampling
 from clha.generation.server import ServerEngine, served, served_identity
 from clha.runs import Run, save_run
+from clha.settings import Engine
 from clha.stages import chain, runner
 from clha.store import Home
 

@@ -9,13 +9,13 @@ import numpy as np
 import pyarrow as pa
 
 from clha import noise
-from clha.config import Settings
 from clha.digests import digest_of, prompt_id
 from clha.evaluation.comparison import Sampling, Scored, compare
 from clha.rewards.calibration import fit_temperature, measure, reliability
 from clha.rewards.fitting import wilson_interval
 from clha.runs import Run, save_run
 from clha.schema import ANSWERS, CANDIDATES, METRICS_STEP, PROMPTS, REWARDS, SCORES, WEIGHTS
+from clha.settings import Settings
 from clha.store import Artifact, ArtifactWriter, Home, kind_of
 
 TOPICS = ("cooking", "travel", "gardening", "money")

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from reward_cases import node_work, preference_rows, write_prompts
 from reward_cases import settings as chain_settings
 
-from clha.config import RewardModel
 from clha.errors import UserError
 from clha.rewards.adapters import load_scorer, model_folders
 from clha.rewards.interface import RewardScorer
 from clha.rewards.texts import RewardInput
+from clha.settings import RewardModel
 from clha.stages import fit_reward
 from clha.store import Home
 

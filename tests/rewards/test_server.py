@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from clha.config import RewardModel
 from clha.errors import UserError
 from clha.process import end_group
 from clha.rewards.adapters import load_scorer
 from clha.rewards.texts import RewardInput
+from clha.settings import RewardModel
 
 
 @pytest.fixture(scope="session")

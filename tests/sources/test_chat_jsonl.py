@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clha.config import Prepare
+from clha.settings import Prepare
 from clha.sources.chat_jsonl import chat_row
 from clha.sources.lines import Meter
 from clha.sources.reading import read_source

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from clha.config import Prepare
 from clha.errors import UserError
+from clha.settings import Prepare
 from clha.sources.files import hub_reference, local_files, source_digest, source_paths
 from clha.sources.lines import Meter
 from clha.sources.reading import read_source

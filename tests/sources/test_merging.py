@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clha.config import Limits, Splits
 from clha.digests import prompt_id
+from clha.settings import Limits, Splits
 from clha.sources.merging import Collected, Merged, collect
 from clha.sources.rows import BadRow, Row
 from clha.sources.splits import limit_order

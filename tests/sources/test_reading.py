@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clha.config import Prepare
 from clha.errors import UserError
+from clha.settings import Prepare
 from clha.sources.chat_jsonl import chat_row
 from clha.sources.hh_rlhf import hh_row
 from clha.sources.hub import dataset_row

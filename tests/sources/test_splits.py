@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clha.config import Splits
 from clha.digests import unit_of
 from clha.errors import StageFailure
+from clha.settings import Splits
 from clha.sources.splits import SplitCheck, first_user_turn, split_of
 
 SHARES = Splits(train=0.6, dev=0.1, test=0.3, reward_train=0.3, reward_eval=0.3)

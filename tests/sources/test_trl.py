@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clha.config import Prepare
+from clha.settings import Prepare
 from clha.sources.lines import Meter
 from clha.sources.reading import read_source
 from clha.sources.rows import Place, Row, Unusable

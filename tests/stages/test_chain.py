@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from clha.config import Settings, load_settings
+from clha.config import load_settings
 from clha.digests import digest_of
 from clha.errors import UserError
 from clha.runs import Run
 from clha.schema import SPLITS
+from clha.settings import Settings
 from clha.stages import chain
 from clha.store import ArtifactWriter, Home
 

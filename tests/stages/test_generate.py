@@ -10,10 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from clha.config import Settings, settings_from
+from clha.config import settings_from
 from clha.digests import prompt_id, seed_of
 from clha.errors import UserError
 from clha.runs import Run, save_run
+from clha.settings import Settings
 from clha.stages import chain, runner
 from clha.store import Artifact, Home
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from reward_cases import preference_rows, write_prompts
 
-from clha.config import NoiseStudy, RewardFit
 from clha.errors import UserError
 from clha.progress import Progress
+from clha.settings import NoiseStudy, RewardFit
 from clha.stages import study_cells
 from clha.stages.noise_study import run_study
 from clha.stages.study_cells import StudyInput, count_cells
