@@ -27,6 +27,7 @@ def place(default: Any) -> Any:
 
 
 def marked(field: Any, mark: str) -> bool:
+    """Whether a pydantic field carries the mark `execution` or `place`."""
     return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get(mark))
 
 
