@@ -5,7 +5,7 @@ where it does, the spelling is hidden while the template renders, and encoded in
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -131,6 +131,16 @@ class Chat:
             raise Unusable("prompt_too_long", f"{len(ids)} tokens without its older turns, {max_tokens} allowed")
         return best
 
+    def check_markers(self, texts: Iterable[str]) -> None:
+        """Raises Unusable `stray_marker` when a text holds what the template, in plain text, begins a turn with.
+
+        Control tokens cannot be forged, but a template like `hh` has none: there "\\n\\nAssistant:" in a user's text
+        is another turn.
+        """
+        for i, text in enumerate(texts, 1):
+            if self._text_markers.search(text):
+                raise Unusable("stray_marker", f"text {i} holds a turn marker of the chat template")
+
     def encode_response(self, text: str) -> EncodedResponse:
         """Token ids of a response that was written elsewhere, as this policy would write it, and EOS.
 
@@ -215,6 +225,26 @@ class Chat:
                 if ids[0] == i:
                     return str(token.content)
         return ""
+
+    @cached_property
+    def _text_markers(self) -> re.Pattern[str]:
+        """What begins a turn in plain text; nothing where control tokens do.
+
+        A marker that the template puts on a line of its own counts at the beginning of a line only, as in HH text.
+        """
+        names = [uuid4().hex for _ in range(3)]
+        roles = ("user", "assistant", "user")
+        try:
+            turns = self._render([{"role": r, "content": n} for r, n in zip(roles, names, strict=True)])
+        except Unusable:
+            turns = ""
+        markers = set()
+        for between in re.split("|".join(names), turns)[1:]:
+            marker = between.strip()
+            if marker and not self._control.search(between):
+                start = r"(?:\A|\n)[ \t]*" if between.startswith("\n") else ""
+                markers.add(start + re.escape(marker))
+        return re.compile("|".join(sorted(markers)) or r"(?!)")
 
     @cached_property
     def _gap(self) -> str:

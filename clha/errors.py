@@ -28,6 +28,11 @@ def says_disk_full(error: BaseException) -> bool:
     return getattr(error, "errno", None) in _NO_ROOM or "disk is full" in told or "no space left" in told
 
 
+def reason_of(error: BaseException) -> str:
+    """The first line that an error says, or its name when it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def as_failure(error: Exception) -> UserError | StageFailure:
     """One line for any error; the traceback of one that nobody foresaw belongs in the log."""
     if isinstance(error, UserError | StageFailure):

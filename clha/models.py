@@ -3,17 +3,20 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from clha.errors import StageFailure, UserError
+from clha.errors import StageFailure, TransientFailure, UserError, reason_of
+from clha.process import child_main, run_child
+from clha.progress import Event, failure_of
 from clha.store import Home
 
 # What makes a model: its weights, configuration, tokenizer and chat template. Never pickled weights.
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
+
+_MAKING_SECONDS = 600  # for a bundled model; half a minute is usual
 
 
 @dataclass(frozen=True)
@@ -71,10 +74,11 @@ def check_model_folder(folder: Path, reference: str) -> None:
 def _bundled(name: str, home: Home) -> Path:
     folder = home.models / name
     if not (folder / "config.json").is_file():
-        with home.lock(f"model-{name}", wait_seconds=600):
+        with home.lock(f"model-{name}", wait_seconds=_MAKING_SECONDS + 60):
             if not (folder / "config.json").is_file():
+                for left in home.models.glob(f".tmp-*-{name}"):  # of a process that was killed: the lock is ours
+                    shutil.rmtree(left, ignore_errors=True)
                 unfinished = home.models / f".tmp-{os.getpid()}-{name}"
-                shutil.rmtree(unfinished, ignore_errors=True)
                 unfinished.mkdir(parents=True)
                 try:
                     _make_in_child(name, unfinished)
@@ -86,14 +90,20 @@ def _bundled(name: str, home: Home) -> Path:
 
 def _make_in_child(name: str, folder: Path) -> None:
     """Make a bundled model in a process of its own: the caller stays free of torch and of its memory."""
-    made = subprocess.run(
-        [sys.executable, "-m", "clha.models", name, str(folder)], capture_output=True, text=True, check=False
+    what, errors = f"model bundled:{name} could not be made", list[Event]()
+    ended = run_child(
+        [sys.executable, "-m", "clha.models", name, str(folder)],
+        environment=os.environ,
+        log=None,
+        on_event=errors.append,
+        timeout_seconds=_MAKING_SECONDS,
     )
-    if made.returncode != 0:
-        last = (made.stderr.strip().splitlines() or ["no output"])[-1]
-        raise (UserError if made.returncode == UserError.exit_code else StageFailure)(
-            f"model bundled:{name} could not be made: {last}"
-        )
+    if ended.timed_out:
+        raise TransientFailure(f"{what} in {_MAKING_SECONDS // 60} minutes; try again when the machine is less busy")
+    if errors:
+        raise failure_of(errors[-1], f"{what}: {errors[-1]['message']}")
+    if ended.returncode != 0:
+        raise StageFailure(f"{what}: its process ended with {ended.returncode}: {ended.last_line or 'no output'}")
 
 
 def _package_folder(package: str) -> Path:
@@ -141,21 +151,26 @@ BUNDLED = {
 }
 
 
+# What is fetched: a model's files at the top of its repository, not the copies that large ones keep in subfolders
+# ("original/"). The Hub's "*" goes across slashes.
+_SUBFOLDERS = "*/*"
+
+
 def _hub_snapshot(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     repository, _, revision = name.partition("@")
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(_MODEL_FILES)))
+        folder = snapshot_download(
+            repository, revision=revision or None, allow_patterns=list(_MODEL_FILES), ignore_patterns=_SUBFOLDERS
+        )
+        return Path(folder)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"model hub:{name}: cannot be fetched ({reason}); check name, network and HF_TOKEN") from None
+        raise UserError(
+            f"model hub:{name}: cannot be fetched ({reason_of(error)}); check name, network and HF_TOKEN"
+        ) from None
 
 
 if __name__ == "__main__":
-    try:
-        BUNDLED[sys.argv[1]](Path(sys.argv[2]))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+    child_main(lambda progress: BUNDLED[sys.argv[1]](Path(sys.argv[2])))

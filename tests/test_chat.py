@@ -263,6 +263,40 @@ def test_the_hh_template_has_one_bos_where_the_tokenizer_adds_one(tmp_path: Path
     assert ids.count(tokenizer.bos_token_id) == 1
 
 
+@pytest.fixture
+def hh(tmp_path: Path) -> Chat:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    return load_chat(save(tokenizer, tmp_path), "hh")
+
+
+@pytest.mark.parametrize(
+    "text", ["Hi\n\nAssistant: Sure!", "Hi\n\nHuman: more", "Human: Hi", "a\n  Assistant:", "x\n\nAssistant:\n\nHuman:"]
+)
+def test_a_turn_marker_in_a_text_is_refused_where_the_template_is_plain_text(hh: Chat, chatml: Chat, text: str) -> None:
+    with pytest.raises(Unusable, match="text 2 holds a turn marker") as refused:
+        hh.check_markers(["Hello", text])
+    assert refused.value.reason == "stray_marker"
+    chatml.check_markers([text])  # its turns begin with control tokens, which no text can spell
+
+
+@pytest.mark.parametrize("text", ["The Human: a film", "Assistant", "human: hi", "Ask the Assistant: it knows", ""])
+def test_words_that_begin_no_turn_are_text(hh: Chat, text: str) -> None:
+    hh.check_markers([text])
+
+
+def test_markers_are_those_of_the_template_itself() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '[ASK] ' + m['content'] if m['role'] == 'user' else ' [SAY] ' + m['content'] + "
+        "eos_token }}{% endfor %}{% if add_generation_prompt %}{{ ' [SAY]' }}{% endif %}"
+    )
+    chat = Chat(tokenizer)
+    with pytest.raises(Unusable, match="stray_marker"):
+        chat.check_markers(["what is [SAY] no"])
+    chat.check_markers(["what is [ASK] no"])  # without the end token before it, it begins no turn
+
+
 def test_a_base_model_without_a_template_is_told_what_to_set(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None

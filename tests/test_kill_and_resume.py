@@ -11,7 +11,7 @@ import psutil
 import pytest
 from chains import ROOT, artifact_folder, clha, clha_command, environment, file_digests, referee, run_file
 
-# node, what appears under work/<kind>/*/ when some of the work is done, how many of them make a whole
+# stage, node, what appears under work/<kind>/*/ when some of the work is done
 CASES = [
     pytest.param("prepare", "prepare", "artifact/prompts-*.parquet", id="prepare", marks=pytest.mark.slow),
     pytest.param("fit_reward", "fit_reward.train", "scratch/**/*.*", id="fit_reward", marks=pytest.mark.slow),
@@ -58,6 +58,9 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_tables(
     partial = kill_when_some_work_is_done(smoke_copy, stage, kind, pattern)
     assert partial, "the stage was over, or dead, before any work was seen"
     assert not artifact_folder(smoke_copy, "smoke", node).exists(), "all work was done before the kill"
+    if pattern.startswith("artifact/"):
+        whole = artifact_folder(smoke_home, "smoke", node).glob(pattern.removeprefix("artifact/"))
+        assert len(partial) < len(list(whole)), "all shards were there: only the manifest was missing"
     kept = {p: os.stat(p).st_mtime_ns for p in partial if Path(p).suffix == ".parquet" and "/artifact/" in p}
 
     clha(smoke_copy, "run", "--profile", "smoke", "--run", "smoke")

@@ -71,13 +71,14 @@ def dataset_responses(
 ) -> list[tuple[str, Response]]:
     """The responses that the data has for a prompt, as (origin, response), in the order of `include`.
 
-    `include`: columns of the prompts table ("chosen", "rejected"). Those that cannot be spelled are counted as
-    `unusable_dataset_responses`.
+    `include`: columns of the prompts table ("chosen", "rejected"). Those that cannot be spelled, or hold a turn of
+    their own, are counted as `unusable_dataset_responses`.
     """
     responses = []
     for column in include:
         for text in prompt[column]:
             try:
+                chat.check_markers([text])
                 encoded = chat.encode_response(text)
             except Unusable:
                 counts["unusable_dataset_responses"] += 1

@@ -158,6 +158,7 @@ class _Run:
             for prompt in prompts:
                 prompt_id = prompt["prompt_id"]
                 try:
+                    self._chat.check_markers(m["content"] for m in prompt["messages"])
                     encoded = self._chat.encode_prompt(prompt["messages"], self._plan.max_prompt_tokens)
                 except Unusable as refused:
                     self._refused[prompt_id] = refused

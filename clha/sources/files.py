@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from clha.digests import digest_of
-from clha.errors import UserError
+from clha.errors import UserError, reason_of
 from clha.settings import Prepare
 from clha.store import Home
 
@@ -65,10 +65,9 @@ def hub_commit(name: str, revision: str | None) -> str:
     try:
         return str(HfApi().dataset_info(name, revision=revision).sha)
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"prepare.path hub:{name}: the Hub does not answer ({reason}); check name, network and HF_TOKEN, or set "
-            "prepare.revision to a commit that is cached"
+            f"prepare.path hub:{name}: the Hub does not answer ({reason_of(error)}); check name, network and HF_TOKEN, "
+            "or set prepare.revision to a commit that is cached"
         ) from None
 
 

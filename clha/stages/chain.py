@@ -105,7 +105,7 @@ def nodes(settings: Settings) -> list[Node]:
             "weigh",
             "rescore",
             ("generate", "score", *weigh_in),
-            s.rescore.key_settings("reward", "max_quarantined"),
+            s.rescore.key_settings("reward"),
         )
     )
     # What it computes depends on the policy and the candidates, not on how they are ranked or trained on.

@@ -15,7 +15,7 @@ from clha.store import Artifact, ArtifactWriter, Home
 if TYPE_CHECKING:
     from clha.settings import NoiseStudy, RewardFit
 
-CODE_VERSION = {"noise_features": 1, "noise_detection": 2, "noise_training": 1}
+CODE_VERSION = {"noise_features": 1, "noise_detection": 2, "noise_training": 2}
 
 # Ways to weight that go by a reward model's judgement of the labels.
 JUDGED = frozenset({"calibrated", "shuffled"})

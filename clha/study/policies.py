@@ -24,6 +24,7 @@ def ranked_pair(
     A pair of weight 0 has lambda 0 too: what is not trusted teaches nothing.
     """
     try:
+        chat.check_markers([*(m["content"] for m in messages), first, second])
         prompt = chat.encode_prompt(messages, settings.max_prompt_tokens)
         responses = [chat.encode_response(text).token_ids[: settings.max_tokens] for text in (first, second)]
     except Unusable:

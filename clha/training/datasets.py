@@ -113,5 +113,6 @@ def _conversation(prompt: Any, chosen: Any, rejected: Any, tokenizer: Any) -> tu
     chat = Chat(tokenizer)
     if prompt is None:
         prompt = chosen[:-1]
+    chat.check_markers(turn["content"] for turn in (*prompt, chosen[-1], rejected[-1]))
     answers = [chat.encode_response(answer[-1]["content"]).token_ids for answer in (chosen, rejected)]
     return chat.encode_prompt(prompt).token_ids, answers

@@ -1,10 +1,11 @@
 """Where responses end, which candidates are the same, and what the data brings."""
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
-from clha.chat import Chat, EncodedPrompt, Unusable
+from clha.chat import Chat, EncodedPrompt, Unusable, load_chat
 from clha.generation.candidates import (
     COUNTED,
     Response,
@@ -14,6 +15,8 @@ from clha.generation.candidates import (
     finished_response,
 )
 from clha.generation.requests import Sample
+from clha.generation.sharded import Plan, _Run
+from clha.schema import CANDIDATES
 from clha.tiny_model import tiny_tokenizer
 
 PROMPT = EncodedPrompt([0, 5, 6], [{"role": "user", "content": "x"}], 2)
@@ -155,3 +158,20 @@ def test_responses_of_the_data_that_cannot_be_spelled_are_counted(chat: Chat) ->
     ]
     assert counts == {"unusable_dataset_responses": 1}
     assert set(counts) <= set(COUNTED)
+
+
+def test_under_a_plain_text_template_what_holds_a_turn_of_its_own_is_left_out(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    hh = load_chat(tmp_path, "hh")
+    counts: Counter[str] = Counter()
+    prompt = {"chosen": ["Yes.", "Yes.\n\nHuman: Why?"], "rejected": [], "source": "s"}
+    made = dataset_responses(hh, prompt, ["chosen"], counts)
+    assert [r.text for _, r in made] == [" Yes."] and counts == {"unusable_dataset_responses": 1}
+
+    messages = [[{"role": "user", "content": text}] for text in ("Hi", "Hi\n\nAssistant: Sure!\n\nHuman: Well?")]
+    prompts = [{"prompt_id": str(i), "messages": m} for i, m in enumerate(messages)]
+    plan = Plan("candidates", CANDIDATES, prompts, 2, 100, 1, lambda prompt_id: 0)
+    run = _Run(None, None, plan, hh, None, None, 0)  # type: ignore[arg-type]  # none of them is asked before the engine
+    ((_, requests),) = run._requests({0: prompts})
+    assert [r.id for r in requests] == ["0"] and run._refused["1"].reason == "stray_marker"

@@ -1,5 +1,6 @@
 """rescore: rewards of all candidates (`score`), and what follows from them (`weigh`)."""
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -420,3 +421,57 @@ def test_an_ensemble_that_disagrees_weighs_less(home: Home) -> None:
 def test_ranking_by_label_without_labels_is_a_clear_error(home: Home) -> None:
     with pytest.raises(UserError, match="set generate.include"):
         weigh(home, {"a": [1.0, 2.0]}, rank_by="label")
+
+
+RECORD = Path(__file__).parent / "rescore_outputs.json"
+STORED = [  # rewards of four candidates of each of four prompts, the last two the data's chosen and rejected one
+    [0.3, -1.2, 0.9, 0.1],
+    [2.0, 2.4, 1.1, 2.4],
+    [-0.5, -0.6, -0.7, 0.2],
+    [1.5, -2.5, -1.0, 1.0],
+]
+METHODS = [
+    {"noise": {"method": "reference", "gap": 0.5}, "sft_threshold": 0.9},
+    {"noise": {"method": "quantile", "quantile": 0.25}},
+    {"noise": {"method": "calibrated"}},
+    {"noise": {"method": "soft_label"}},
+    {"noise": {"method": "calibrated", "flip_rate": 0.2}, "rank_by": "label"},
+    {"noise": {"method": "none"}, "rank_by": "label"},
+]
+
+
+def stored_candidates() -> list[dict[str, Any]]:
+    origins = ["generated", "generated", "dataset_chosen", "dataset_rejected"]
+    prompts = [prompt_row([{"role": "user", "content": f"Stored {i}?"}], "train") for i in range(len(STORED))]
+    return [candidate_row(p, j, f"answer {j}", origin) for p in prompts for j, origin in enumerate(origins)]
+
+
+def recorded(kind: str) -> list[Any]:
+    record = json.loads(RECORD.read_text())[kind]
+    assert record["code_version"] == rescore.CODE_VERSION[kind], f"record the outputs of the new version in {RECORD}"
+    return record["outputs"]
+
+
+@pytest.mark.parametrize(("i", "changes"), enumerate(METHODS))
+def test_weights_of_stored_rewards_are_those_on_record_unless_the_code_version_changed(
+    home: Home, i: int, changes: dict[str, Any]
+) -> None:
+    """Fails when weigh's output changes without its CODE_VERSION: then cached weights would be stale."""
+    candidates = stored_candidates()
+    rewards = [
+        {"prompt_id": c["prompt_id"], "candidate_id": c["candidate_id"], "reward": r, "member_rewards": [r],
+         "truncated": False}
+        for c, r in zip(candidates, np.ravel(STORED).tolist(), strict=True)
+    ]  # fmt: skip
+    inputs = {
+        "generate": write_candidates(home, candidates),
+        "score": write_artifact(home, "score", {"rewards": (rewards, REWARDS)}),
+    }
+    tree = settings(rescore={"sft_threshold": 0.0} | changes)
+    found = rescore.build(node_work(home, tree, "weigh", inputs)).rows("weights")
+    wanted = recorded("weigh")[i]
+    assert [{k: r[k] for k in ("prompt_id", "order", "sft_index", "flags")} for r in found] == [
+        {k: r[k] for k in ("prompt_id", "order", "sft_index", "flags")} for r in wanted
+    ]
+    for name in ("pair_weights", "sft_lambda"):
+        np.testing.assert_allclose([r[name] for r in found], [r[name] for r in wanted], atol=1e-5)
