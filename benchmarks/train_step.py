@@ -5,8 +5,7 @@ The reference's way: n right-padded passes with a log-softmax over the whole voc
 loss, no reference model) and its DPO trainer, at n = 2. Ours: prompts shared, packed rows, chunked log-probabilities.
 Each way runs in a process of its own; one round runs all ways once, so that all see the same weather on the machine.
 Printed per way: median seconds, useful tokens per second, peak memory, and useful GFLOP/s as a share of the peak of
-matrix products of the model's own shapes, measured in the same round; and the ratios to ours (without ours: to the
-first way).
+matrix products of the model's own shapes, measured in the same round; and the ratios to ours (else to the first way).
 
 usage: train_step.py MODEL --data hh.jsonl[.gz] [--n 4] [--prompts 8] [--rounds 5] [--ways ours,reference]
        MODEL is a Hugging Face folder; the data are HH-RLHF pairs.
