@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What grows with the data: time and memory of a step with the number of prompts, and the start from many rows.
 
-Steps of ours with the given number of prompts, twice and four times as many, each size in a process of its own and all
+Steps of ours with the given prompts, with each of them twice and four times, each size in a process of its own and all
 sizes once a round; the token budget of a micro-batch is the same for all. Then a training run's start: made-up tables
 of a million candidates are joined and opened in a process of their own.
 
@@ -58,17 +58,17 @@ def main() -> None:
     parser.description = __doc__
     parser.add_argument("--rows", type=int, default=1_000_000, help="candidates of the start; 0: leave it out")
     args = parser.parse_args()
-    sizes = [args.prompts, 2 * args.prompts, 4 * args.prompts]
-    served = [Served("ours", argv(args, size)) for size in sizes]
+    repeats = [1, 2, 4]
+    served = [Served("ours", argv(args, repeat)) for repeat in repeats]
     for process in served:
         process.ask("step")
     rounds = [[process.ask("step") for process in served] for _ in range(args.rounds)]
     for process in served:
         process.close()
-    for i, size in enumerate(sizes):
+    for i, repeat in enumerate(repeats):
         seconds = statistics.median(answers[i]["seconds"] for answers in rounds)
         memory, tokens = max(answers[i]["peak_gb"] for answers in rounds), served[i].work["tokens"]
-        line = f"{size:4} prompts, {tokens:6.0f} tokens: {seconds:7.2f} s, {memory:.2f} GB"
+        line = f"{args.prompts * repeat:4} prompts, {tokens:6.0f} tokens: {seconds:7.2f} s, {memory:.2f} GB"
         if i:
             ratio = statistics.median(answers[i]["seconds"] / answers[i - 1]["seconds"] for answers in rounds)
             line += f"; {ratio:.2f} x the time for {tokens / served[i - 1].work['tokens']:.2f} x the tokens"
@@ -77,12 +77,12 @@ def main() -> None:
         start(args.rows)
 
 
-def argv(args: argparse.Namespace, size: int) -> list[str]:
+def argv(args: argparse.Namespace, repeat: int) -> list[str]:
     """The arguments of train_step.py for one size."""
     known = vars(args)
-    pairs = [["--" + name, str(known[name])] for name in ("data", "n", "rounds", "budget", "threads", "seed")]
+    pairs = [["--" + name, str(known[name])] for name in ("data", "n", "prompts", "budget", "threads", "seed")]
     flag = ["--cpu-time"] if known["cpu_time"] else []
-    return [str(known["model"]), *(word for pair in pairs for word in pair), "--prompts", str(size), *flag]
+    return [str(known["model"]), *(word for pair in pairs for word in pair), "--repeat", str(repeat), *flag]
 
 
 def start(rows: int) -> None:

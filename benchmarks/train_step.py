@@ -5,8 +5,7 @@ The reference's way: n right-padded passes with a log-softmax over the whole voc
 loss, no reference model) and its DPO trainer, at n = 2. Ours: prompts shared, packed rows, chunked log-probabilities.
 Each way runs in a process of its own; one round runs all ways once, so that all see the same weather on the machine.
 Printed per way: median seconds, useful tokens per second, peak memory, and useful GFLOP/s as a share of the peak of
-matrix products of the model's own shapes, measured in the same round; and the ratios to ours (without ours: to the
-first way).
+matrix products of the model's own shapes, measured in the same round; and the ratios to ours (else to the first way).
 
 usage: train_step.py MODEL --data hh.jsonl[.gz] [--n 4] [--prompts 8] [--rounds 5] [--ways ours,reference]
        MODEL is a Hugging Face folder; the data are HH-RLHF pairs.
@@ -57,7 +56,7 @@ def ranked_prompts(args: argparse.Namespace, tokenizer: Any) -> list[Any]:
 
     pairs = read_pairs(args.data)
     draw = np.random.default_rng(args.seed)
-    rows = [pairs[i] for i in draw.permutation(len(pairs))[: args.prompts]]
+    rows = [pairs[i] for i in draw.permutation(len(pairs))[: args.prompts]] * args.repeat
     pool = [response for _, chosen, rejected in pairs for response in (chosen, rejected)]
     prompts, n = [], args.n
     for number, (messages, chosen, rejected) in enumerate(rows):
@@ -233,7 +232,7 @@ def trl(args: argparse.Namespace, kind: str) -> tuple[Callable[[], float], dict[
         trainer = CPOTrainer(model, args=settings, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
 
     batch = next(iter(trainer.get_train_dataloader()))
-    trainer.create_optimizer_and_scheduler(100)
+    trainer.current_gradient_accumulation_steps = 1  # what its train() sets
 
     def backward() -> float:
         return float(trainer.training_step(trainer.model, dict(batch)))
@@ -335,6 +334,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, required=True, help="HH-RLHF pairs, JSON lines, .gz or plain")
     parser.add_argument("--n", type=int, default=4, help="candidates per prompt")
     parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--repeat", type=int, default=1, help="take the prompts so many times in one step")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--budget", type=int, default=4096, help="tokens per micro-batch of ours")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -376,7 +376,8 @@ def main() -> None:
 
 def report(args: argparse.Namespace, answers: dict[str, Any], peaks: list[float], work: Any, base: str) -> None:
     clock = "processor time" if args.cpu_time else "wall time"
-    print(f"{args.prompts} prompts, {args.n} candidates, {args.rounds} rounds, {args.threads} threads, {clock}")
+    prompts = args.prompts * args.repeat
+    print(f"{prompts} prompts, {args.n} candidates, {args.rounds} rounds, {args.threads} threads, {clock}")
     print(
         f"tokens that have to be computed: {work['tokens']:.0f}; {work['flops'] / 1e9:.0f} GFLOP; peak of the model's "
         f"own shapes {statistics.median(peaks) / 1e9:.0f} GFLOP/s ({min(peaks) / 1e9:.0f} to {max(peaks) / 1e9:.0f})"
