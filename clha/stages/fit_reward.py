@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from clha.settings import RewardFit
     from clha.stages.work import Work
 
-CODE_VERSION = {"fit_reward": 2}
+CODE_VERSION = {"fit_reward": 3}
 
 # Responses whose features are computed and kept together, so that a killed fit goes on from there.
 _FEATURE_SHARD = 128
@@ -87,7 +87,7 @@ def build(work: Work) -> Artifact:
         },
     )
     report |= {"split": split, "prompts": len({p.prompt_id for p in pairs}), "groups": groups}
-    report |= {"responses_truncated": int(truncated.sum()), "padding_fraction": padding}
+    report |= {"responses_truncated": int(truncated.sum())}
     for name, content in head.files().items():
         work.writer.write_bytes(f"reward_model/{name}", content)
     work.writer.write_bytes("fit.json", (canonical_json(report) + "\n").encode())
@@ -103,6 +103,7 @@ def build(work: Work) -> Artifact:
         accuracy=report["accuracy"],
         accuracy_interval=report["accuracy_interval"],
         l2=report["l2"],
+        padding_fraction=padding,  # of this attempt: a resumed one computes fewer features
         weights_digest=digest_of([content.hex() for content in head.files().values()]),
     )
 
