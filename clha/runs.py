@@ -57,8 +57,10 @@ def load_run(home: Home, name: str) -> Run | None:
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
         return Run(body["name"], body["profile"], body["settings"], body["nodes"], body["attempts"], body["history"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); set CLHA_HOME to a folder that can") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: damaged run file; delete it and run again (finished stages are kept)") from None
 

@@ -71,8 +71,8 @@ def accept(request: Request) -> Job:
     home = Home(request.home)
     if stages[0] != "prepare":
         existing_run(home, name)  # it must have recorded what comes before
-    previous = load_run(home, name)
-    if previous is not None and len(stages) < len(chain.STAGES):
+    previous = load_run(home, name) if len(stages) < len(chain.STAGES) else None
+    if previous is not None:
         settings = _with_taken(settings, previous, stages, request.overrides)
     _check_inputs(settings, stages)
     if not chain.select_nodes(settings, stages):
