@@ -16,7 +16,7 @@ CASES = [
     pytest.param("prepare", "prepare", "artifact/prompts-*.parquet", id="prepare", marks=pytest.mark.slow),
     pytest.param("fit_reward", "fit_reward.train", "scratch/**/*.*", id="fit_reward", marks=pytest.mark.slow),
     pytest.param("generate", "generate", "artifact/candidates-*.parquet", id="generate"),
-    pytest.param("rescore", "score", "artifact/rewards-*.parquet", id="score"),
+    pytest.param("rescore", "score", "artifact/rewards-*.parquet", id="score", marks=pytest.mark.slow),
     pytest.param("train", "train", "scratch/**/checkpoint-*", id="train", marks=pytest.mark.slow),
     pytest.param("evaluate", "answers.trained", "artifact/answers-*.parquet", id="answers", marks=pytest.mark.slow),
     pytest.param("evaluate", "evaluate", "scratch/*.parquet", id="evaluate", marks=pytest.mark.slow),

@@ -55,6 +55,7 @@ def test_it_prepares_the_data_prints_its_tables_and_a_second_one_makes_nothing(
     assert json.loads(again.stdout) == results and cells(home) == before
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on_with_the_cells_that_are_missing(command: Clha, home: Home, on_pairs: tuple[str, ...]):
     arguments = ("noise-study", *on_pairs, "--weights", "none,calibrated,oracle", "--no-prefect")
     study = subprocess.Popen(clha_command(*arguments), cwd=ROOT, env=environment(home.root), stdout=subprocess.DEVNULL)

@@ -346,6 +346,19 @@ def test_a_policy_that_gives_nan_is_a_failure_that_names_the_prompt(home: Home, 
 # -- several processes -------------------------------------------------------------------------------------------
 
 
+def distance(a: Artifact, b: Artifact) -> float:
+    """How far the weights of two trained models are apart, relative to their size.
+
+    Not weight by weight: AdamW divides by the gradient's size, so that where it is almost zero rounding moves a weight
+    by a visible share of the rate.
+    """
+    ours, theirs = (
+        torch.cat([v.flatten() for v in AutoModelForCausalLM.from_pretrained(x.folder / "model").state_dict().values()])
+        for x in (a, b)
+    )
+    return float((ours - theirs).norm() / theirs.norm())
+
+
 @pytest.mark.parametrize("sharding", ["none", "full_shard"])
 def test_two_processes_end_with_the_weights_of_one(home: Home, tiny_model: Path, tmp_path: Path, sharding: str):
     """Eight prompts, four a step, over two epochs."""
@@ -355,11 +368,7 @@ def test_two_processes_end_with_the_weights_of_one(home: Home, tiny_model: Path,
     two = train.build(work(home, tiny_model, inputs, events, **changes, processes=2, sharding=sharding))
     one = train.build(work(Home(tmp_path / "one").create(), tiny_model, inputs, **changes))
     assert two.manifest["key"] == one.manifest["key"]
-    ours, theirs = (
-        torch.cat([v.flatten() for v in AutoModelForCausalLM.from_pretrained(a.folder / "model").state_dict().values()])
-        for a in (two, one)
-    )
-    assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
+    assert distance(two, one) < 1e-5
     for mine, other in zip(two.rows("metrics"), one.rows("metrics"), strict=True):
         for name in ("step", "loss", "grad_norm", "rewards/margins", "num_tokens", "eval_loss"):
             assert (mine[name] is None) == (other[name] is None), name
@@ -375,9 +384,7 @@ def test_the_reference_normalisation_is_the_same_in_two_processes(home: Home, ti
     changes = {"batch_prompts": 4, "normalization": "reference", "micro_batch_prompts": 2, "learning_rate": 1e-2}
     two = train.build(work(home, tiny_model, inputs, **changes, processes=2))
     one = train.build(work(Home(tmp_path / "one").create(), tiny_model, inputs, **changes))
-    for name, value in AutoModelForCausalLM.from_pretrained(one.folder / "model").state_dict().items():
-        mine = AutoModelForCausalLM.from_pretrained(two.folder / "model").state_dict()[name]
-        torch.testing.assert_close(mine, value, atol=1e-5, rtol=1e-4)
+    assert distance(two, one) < 1e-5
 
 
 def ranks() -> list[psutil.Process]:
@@ -385,7 +392,8 @@ def ranks() -> list[psutil.Process]:
     return [p for p in mine if "clha.stages.train_process" in " ".join(p.cmdline())]
 
 
-@pytest.mark.parametrize("sharding", ["none", pytest.param("full_shard", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["none", "full_shard"])
 def test_a_killed_process_ends_all_with_one_line_and_a_second_attempt_goes_on(
     home: Home, tiny_model: Path, tmp_path: Path, sharding: str
 ):
@@ -436,10 +444,8 @@ def test_an_adapter_trains_in_two_processes_as_in_one(home: Home, tiny_model: Pa
             ("sharded", {"processes": 2, "sharding": "full_shard"}),
         )
     ]
-    one, *others = (AutoModelForCausalLM.from_pretrained(a.folder / "model").state_dict() for a in made)
-    for other in others:
-        for name, value in one.items():
-            torch.testing.assert_close(other[name], value, atol=1e-5, rtol=1e-4)
+    assert distance(made[1], made[0]) < 1e-5
+    assert distance(made[2], made[0]) < 1e-5
 
 
 @pytest.mark.slow
@@ -454,8 +460,4 @@ def test_sharded_with_gradient_checkpointing_the_best_weights_are_kept_as_in_one
     two = train.build(work(home, tiny_model, inputs, **changes, processes=2, sharding="full_shard"))
     assert one.manifest["notes"][-1] == two.manifest["notes"][-1]
     assert one.manifest["notes"][-1] != f"kept the weights of checkpoint-{one.manifest['steps']}"
-    theirs, ours = (AutoModelForCausalLM.from_pretrained(a.folder / "model").state_dict() for a in (one, two))
-    for name, value in theirs.items():
-        # AdamW divides by the gradient's size: where that is almost zero, rounding moves a weight by a share of the
-        # rate (0.03) and no more.
-        torch.testing.assert_close(ours[name], value, atol=1e-3, rtol=1e-4)
+    assert distance(two, one) < 1e-4
