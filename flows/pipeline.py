@@ -2,19 +2,21 @@
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from prefect import flow, runtime, task
 from prefect.cache_policies import NO_CACHE
+from prefect.states import Cancelled, State
 
 from clha.digests import seed_of
 from clha.reporting.freshness import report_path
 from clha.runs import Run, existing_run, load_run, save_run
 from clha.stages import chain, runner
 from clha.stages.report import report_is_fresh
-from clha.store import Home
+from clha.store import Busy, Home
 from flows import launch, present
 from flows.evaluate import evaluate
 from flows.fit_reward import fit_reward
@@ -51,18 +53,24 @@ def pipeline(
     from_stage: str | None = None,
     only: str | None = None,
     force: bool = False,
-) -> dict[str, str]:
+) -> dict[str, str] | State:
     """Prompts to an aligned model and the evidence whether it is better.
 
     Without `run` (a scheduled start) the run is named after deployment and time, and `schedule.fresh` says what is
-    new. Returns node -> key.
+    new; a second start in the same second is cancelled. Returns node -> key.
     """
     began = time.monotonic()
     request = launch.Request(Path(home), Path(config), profile, run, tuple(overrides or ()), from_stage, only, force)
     if run is None:
         request = scheduled(request, scheduled_name(), scheduled_time(), str(runtime.deployment.name or "pipeline"))
     job = launch.accept(request)
-    with launch.locked(job.home, job.name):
+    with ExitStack() as held:
+        try:
+            held.enter_context(launch.locked(job.home, job.name))
+        except Busy as busy:
+            if run is None:
+                return Cancelled(message=str(busy))
+            raise
         fresh = all(entry.state == "fresh" for entry in launch.plan(job)) and not force
         launch.begin(job)
         for stage in job.stages:
