@@ -194,6 +194,13 @@ def _style_doubts(metrics: Mapping[str, Any]) -> list[str]:
             f"The trained policy repeats itself more: {after:.0%} of its 4-grams occurred before in the answer, "
             f"{before:.0%} in the base's."
         )
+    sides = metrics["repetition"]
+    variety, variety_before = (sides[p].get("distinct_2") or 0.0 for p in ("trained", "base"))
+    if variety < 0.7 * variety_before:
+        out.append(
+            f"The trained policy's answers are more alike: {variety:.0%} of all their bigrams are distinct, "
+            f"{variety_before:.0%} in the base's. It may have found one answer that the reward models like."
+        )
     return out
 
 

@@ -49,6 +49,14 @@ def test_a_policy_that_falls_silent_is_not_believed() -> None:
     assert verdict(same).caution == "" and not any("empty answer" in d for d in doubts(same))
 
 
+def test_answers_that_grow_alike_are_doubted() -> None:
+    """0.20 is below 0.7 x 0.44 = 0.308, 0.31 is not."""
+    for variety, said in ((0.20, True), (0.31, False)):
+        sides = {"base": {"distinct_2": 0.44}, "trained": {"distinct_2": variety}}
+        found = doubts(metrics(0.6, 0.5, 0.7, repetition=sides))
+        assert any("are more alike: 20% of all their bigrams are distinct, 44%" in d for d in found) is said
+
+
 def test_worse_needs_an_interval_below_zero() -> None:
     said = verdict(metrics(-0.2, -0.35, -0.05))
     assert said.outcome == "worse"
