@@ -51,6 +51,7 @@ def test_a_second_run_does_nothing_and_says_so(smoke_home: Path):
     assert "nothing to do" in done.stdout.lower() or "up to date" in done.stdout.lower()
 
 
+@pytest.mark.slow
 def test_a_changed_training_setting_reuses_generation_and_scores(smoke_copy: Path):
     nodes = run_file(smoke_copy, "smoke")["nodes"]
     clha(smoke_copy, "run", "--profile", "smoke", "--run", "smoke", "--set", "train.margin=0.7")
@@ -84,6 +85,7 @@ def test_a_stage_run_alone_without_prefect_makes_the_same_artifact(smoke_copy: P
         assert file_digests(smoke_copy, "smoke", node) == file_digests(smoke_home, "smoke", node)
 
 
+@pytest.mark.slow
 def test_force_builds_anew_under_another_key_and_keeps_the_old_artifact(smoke_copy: Path):
     old = artifact_folder(smoke_copy, "smoke", "weigh")
     clha(smoke_copy, "run", "--profile", "smoke", "--run", "smoke", "--only", "rescore", "--force")

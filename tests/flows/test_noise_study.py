@@ -77,6 +77,7 @@ def test_a_killed_study_goes_on_with_the_cells_that_are_missing(command: Clha, h
     assert not [p for p in home.work.rglob("*") if p.is_file()]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("home_with_database")
 def test_it_appears_in_prefect_with_its_tables(command: Clha, home: Home, on_pairs: tuple[str, ...]):
     done = command("noise-study", *on_pairs, "--weights", "")

@@ -141,6 +141,7 @@ def test_a_killed_run_leaves_no_process_and_no_lock(home: Home, on_pairs: tuple[
         pass  # nobody holds it any more
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("home_with_database")
 def test_a_server_that_dies_does_not_fail_the_run(home: Home, on_pairs: tuple[str, ...], many: Path, tmp_path: Path):
     run = Started(home, on_pairs, many, tmp_path, PREFECT_CLIENT_MAX_RETRIES="0")

@@ -359,7 +359,7 @@ def distance(a: Artifact, b: Artifact) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
-@pytest.mark.parametrize("sharding", ["none", "full_shard"])
+@pytest.mark.parametrize("sharding", ["none", pytest.param("full_shard", marks=pytest.mark.slow)])
 def test_two_processes_end_with_the_weights_of_one(home: Home, tiny_model: Path, tmp_path: Path, sharding: str):
     """Eight prompts, four a step, over two epochs."""
     inputs = tables(home, AutoTokenizer.from_pretrained(tiny_model))
@@ -378,6 +378,7 @@ def test_two_processes_end_with_the_weights_of_one(home: Home, tiny_model: Path,
     assert two.manifest["device"].startswith("2 x cpu")
 
 
+@pytest.mark.slow
 def test_the_reference_normalisation_is_the_same_in_two_processes(home: Home, tiny_model: Path, tmp_path: Path):
     """Seven prompts, four a step, two a micro-batch: the last step has micro-batches of two prompts and of one."""
     inputs = tables(home, AutoTokenizer.from_pretrained(tiny_model), dev=3)

@@ -159,7 +159,7 @@ def test_where_batches_must_stay_whole_they_do_not_depend_on_the_processes():
     assert [len(unit) for unit in one] == [2, 2, 2, 2, 2, 1]
 
 
-@pytest.mark.parametrize("killed_at", [2, 4, 8])
+@pytest.mark.parametrize("killed_at", [4, *(pytest.param(k, marks=pytest.mark.slow) for k in (2, 8))])
 def test_a_killed_run_goes_on_to_the_same_weights_bit_for_bit_and_the_same_metrics(tmp_path: Path, killed_at: int):
     code = (
         "import sys; from pathlib import Path; from training_cases import *; from test_trainer import *\n"
