@@ -19,7 +19,7 @@ help:  ## what there is
 demo: env  ## set up and run the whole chain on the sample data
 	$(BIN)/clha run
 
-test: check  ## set up, lint, types and the tests (about ten minutes)
+test: check  ## set up, lint, types and the tests (about a quarter of an hour)
 
 test-all: env lint types  ## the slow tests too
 	$(BIN)/python -m pytest
