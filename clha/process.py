@@ -42,13 +42,11 @@ def run_child(
     on_event: Callable[[Event], None],
     on_line: Callable[[str], None] = lambda line: None,
     timeout_seconds: float | None = None,
-    progress_fd: str = PROGRESS_FD,
-    lifeline_fd: str = LIFELINE_FD,
 ) -> Ended:
     """Run `command` to its end; its output goes to the file `log` and to `on_line`, its events to `on_event`.
 
-    The child gets two pipes, their numbers in the variables named `progress_fd` (it writes JSON lines) and
-    `lifeline_fd` (it ends itself when that closes: this process died). Whatever happens here, a KeyboardInterrupt
+    The child gets two pipes, their numbers in the variables named by `PROGRESS_FD` (it writes JSON lines) and
+    `LIFELINE_FD` (it ends itself when that closes: this process died). Whatever happens here, a KeyboardInterrupt
     or a cancelled flow too, the child's whole group is ended (TERM, then KILL) before this returns or raises.
     """
     return run_together(
@@ -58,8 +56,6 @@ def run_child(
         on_event=on_event,
         on_line=on_line,
         timeout_seconds=timeout_seconds,
-        progress_fd=progress_fd,
-        lifeline_fd=lifeline_fd,
     )[0]
 
 
@@ -71,8 +67,6 @@ def run_together(
     on_event: Callable[[Event], None],
     on_line: Callable[[str], None] = lambda line: None,
     timeout_seconds: float | None = None,
-    progress_fd: str = PROGRESS_FD,
-    lifeline_fd: str = LIFELINE_FD,
 ) -> list[Ended]:
     """Run several commands that need each other, as `run_child` does: one that ends badly ends all."""
     if log is not None:
@@ -83,7 +77,7 @@ def run_together(
     codes: list[int | None] = []
     try:
         for command, environment in zip(commands, environments, strict=True):
-            children.append(_Child(command, environment, progress_fd, lifeline_fd))
+            children.append(_Child(command, environment))
         with open(log or os.devnull, "ab") as log_file, selectors.DefaultSelector() as selector:
             for child in children:
                 selector.register(child.output, selectors.EVENT_READ, (child, child.lines))
@@ -121,9 +115,7 @@ def run_together(
 class _Child:
     """A process that leads a group of its own, with its pipes."""
 
-    def __init__(
-        self, command: Sequence[str], environment: Mapping[str, str], progress_fd: str, lifeline_fd: str
-    ) -> None:
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         self.events_in, events_out = os.pipe()
         life_in, self._life_out = os.pipe()
         try:
@@ -132,7 +124,7 @@ class _Child:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                env={**environment, progress_fd: str(events_out), lifeline_fd: str(life_in)},
+                env={**environment, PROGRESS_FD: str(events_out), LIFELINE_FD: str(life_in)},
                 pass_fds=(events_out, life_in),
                 start_new_session=True,
             )

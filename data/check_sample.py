@@ -5,7 +5,6 @@ those instead of quality), and texts that come twice (a held-out prompt would ha
 """
 
 import json
-import math
 import re
 import sys
 from collections import Counter
@@ -14,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.sparse import csr_matrix
+
+from clha.rewards.fitting import assign_folds, fit_head, wilson_interval
 
 MIN_PAIRS, MIN_PROMPTS = 400, 120
 LENGTH_ONLY = (0.45, 0.60)
@@ -34,10 +34,7 @@ class Rate:
 
     @property
     def interval(self) -> tuple[float, float]:
-        z, p, n = 1.96, self.share, self.n
-        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return centre - half, centre + half
+        return wilson_interval(self.share, self.n)
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -66,7 +63,7 @@ def length_only(pairs: list[dict[str, Any]], size: Any = lambda text: len(words(
     return Rate(float(np.mean(right)), len(pairs))
 
 
-def count_differences(pairs: list[dict[str, Any]], min_pairs: int = 3) -> tuple[csr_matrix, list[str]]:
+def count_differences(pairs: list[dict[str, Any]], min_pairs: int = 3) -> tuple[np.ndarray, list[str]]:
     """Word counts of chosen minus rejected [pairs, words], for words that occur in at least `min_pairs` pairs."""
     differences = []
     for pair in pairs:
@@ -75,21 +72,17 @@ def count_differences(pairs: list[dict[str, Any]], min_pairs: int = 3) -> tuple[
         differences.append(counts)
     seen = Counter(word for d in differences for word in d)
     vocabulary = sorted(word for word, n in seen.items() if n >= min_pairs)
-    column = {word: i for i, word in enumerate(vocabulary)}
-    cells = [(i, column[w], n) for i, d in enumerate(differences) for w, n in d.items() if n and w in column]
-    rows, columns, values = zip(*cells, strict=True)
-    return csr_matrix((values, (rows, columns)), shape=(len(pairs), len(vocabulary)), dtype=float), vocabulary
+    return np.array([[d[word] for word in vocabulary] for d in differences], dtype=float), vocabulary
 
 
 def bag_of_words(pairs: list[dict[str, Any]], strength: float = 0.1, seed: int = 0) -> Rate:
-    """Cross-validated accuracy of a logistic regression on word count differences (Bradley-Terry, no intercept)."""
-    from sklearn.model_selection import KFold
-
+    """Cross-validated accuracy of a Bradley-Terry model on word count differences."""
     x, _ = count_differences(pairs)
+    fold = assign_folds(range(len(pairs)), FOLDS, seed)
     right = np.zeros(len(pairs))
-    for train, test in KFold(FOLDS, shuffle=True, random_state=seed).split(right):
-        score = x[test] @ _weights(x[train], strength)
-        right[test] = (score > 0) + 0.5 * (score == 0)
+    for k in range(FOLDS):
+        score = x[fold == k] @ _weights(x[fold != k], strength)
+        right[fold == k] = (score > 0) + 0.5 * (score == 0)
     return Rate(float(right.mean()), len(pairs))
 
 
@@ -101,15 +94,9 @@ def telling_words(pairs: list[dict[str, Any]], top: int = 15, strength: float = 
     return [vocabulary[i] for i in order[::-1][:top]], [vocabulary[i] for i in order[:top]]
 
 
-def _weights(x: csr_matrix, strength: float) -> np.ndarray:
-    from scipy.sparse import vstack
-    from sklearn.linear_model import LogisticRegression
-
-    # Each pair once in either direction: the classes are balanced and no intercept is needed.
-    both, labels = vstack([x, -x]), np.repeat([1, 0], x.shape[0])
-    model = LogisticRegression(C=strength, fit_intercept=False, max_iter=1000).fit(both, labels)
-    weights: np.ndarray = model.coef_[0]
-    return weights
+def _weights(x: np.ndarray, strength: float) -> np.ndarray:
+    """The weight of each word; `strength` is the C of a logistic regression that reads each pair in both directions."""
+    return fit_head(x, 1 / (4 * strength * len(x)))
 
 
 def near_duplicates(texts: list[str], least: float, size: int = 3) -> list[tuple[float, int, int]]:

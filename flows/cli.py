@@ -80,8 +80,7 @@ def run(
     request = launch.Request(home, config.absolute(), profile, run, tuple(set_ or ()), from_stage, only, force)
     job = launch.accept(request)
     terminal = open_terminal()
-    for model in launch.models_to_make(job.home, job.settings):
-        terminal.say(f"converting bundled:{model} (once, up to half a minute)")
+    launch.announce_making(job.home, launch.model_references(job.settings), terminal.say)
     with launch.locked(job.home, job.name, _FOREVER if wait else 0):
         planned = launch.plan(job)
         fresh = not force and all(entry.state == "fresh" for entry in planned)
@@ -237,6 +236,19 @@ def noise_study(
     for grid in study.study_grids(results):
         terminal.table(grid)
     terminal.say(f"tables: {study.result_path(place, name).with_suffix('.md')}")
+
+
+@app.command()
+def fetch(
+    profile: ProfileOption = None, config: ConfigOption = CONFIG, set_: SetOption = None, home: HomeOption = HOME
+) -> None:
+    """Fetch or convert a profile's models ahead of a run: where the network is, or once for many runs."""
+    from flows import launch
+    from flows.terminal import open_terminal
+
+    terminal = open_terminal()
+    for reference, folder in launch.fetch_models(home, config.absolute(), profile, set_ or (), terminal.say):
+        terminal.say(f"{reference}: {folder}")
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """What `clha run` does around the stages, without Prefect: settings, lock, plan, report, verdict."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,10 +124,30 @@ def model_references(settings: Settings, stages: Sequence[str] = chain.STAGES) -
     return sorted({ref for node in chain.select_nodes(settings, stages) for ref in node.models.values()})
 
 
-def models_to_make(home: Home, settings: Settings) -> list[str]:
-    """Bundled models that have not been converted yet: the plan will take that long."""
-    bundled = [r.removeprefix("bundled:") for r in model_references(settings) if r.startswith("bundled:")]
-    return [name for name in bundled if not (home.models / name / "config.json").is_file()]
+def models_to_make(home: Home, references: Sequence[str]) -> list[str]:
+    """The bundled models among `references` that have not been converted yet."""
+    bundled = [r for r in references if r.startswith("bundled:")]
+    return [r for r in bundled if not (home.models / r.removeprefix("bundled:") / "config.json").is_file()]
+
+
+def announce_making(home: Home, references: Sequence[str], say: Callable[[str], None]) -> None:
+    """Name the models that will be converted: what comes next takes that long."""
+    for reference in models_to_make(home, references):
+        say(f"converting {reference} (once, up to half a minute)")
+
+
+def fetch_models(
+    home: Path, config: Path, profile: str | None, overrides: Sequence[str], say: Callable[[str], None]
+) -> Iterator[tuple[str, Path]]:
+    """Fetch or convert the models of a profile; yields each reference and its folder. Raises UserError."""
+    _, settings = load_settings(config, profile, overrides)
+    references, place = model_references(settings), Home(home)
+    for reference in references:
+        check_reference(reference)
+    place.create()
+    for reference in references:
+        announce_making(place, [reference], say)
+        yield reference, resolve_model(reference, place).path
 
 
 _held: dict[tuple[Path, str], bool] = {}  # runs that this process holds the lock of -> whether they have begun

@@ -185,12 +185,14 @@ def _profile_models(
     except UserError as error:
         problems.append(str(error))
         return None, {}
-    waiting = launch.models_to_make(home, settings)
+    references = launch.model_references(settings)
+    waiting = launch.models_to_make(home, references)
     states: dict[str, str] = {}
-    for reference in launch.model_references(settings):
-        name = reference.removeprefix("bundled:")
-        if reference.startswith("bundled:"):
-            states[reference] = "converted at the first run" if name in waiting else str(home.models / name)
+    for reference in references:
+        if reference in waiting:
+            states[reference] = "converted by the first run or `clha fetch`"
+        elif reference.startswith("bundled:"):
+            states[reference] = str(home.models / reference.removeprefix("bundled:"))
         elif reference.startswith("hub:"):
             states[reference] = "fetched from the Hub, or its cache"
         else:

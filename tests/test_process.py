@@ -21,8 +21,6 @@ def child(tmp_path: Path, code: str, **options) -> tuple[Ended, list, list]:
         log=tmp_path / "log" / "child.log",
         on_event=events.append,
         on_line=lines.append,
-        progress_fd="P_FD",
-        lifeline_fd="L_FD",
         **options,
     )
     return ended, lines, events
@@ -40,8 +38,8 @@ def test_output_goes_to_the_log_and_events_to_the_listener(tmp_path: Path):
     code = """
 import json, os, sys
 print("out"); print("err", file=sys.stderr); sys.stdout.write("no end")
-os.write(int(os.environ["P_FD"]), b'{"event": "log", "message": "hi"}\\n{"event": "log"')
-os.write(int(os.environ["P_FD"]), b', "message": "there"}\\n')
+os.write(int(os.environ["CLHA_PROGRESS_FD"]), b'{"event": "log", "message": "hi"}\\n{"event": "log"')
+os.write(int(os.environ["CLHA_PROGRESS_FD"]), b', "message": "there"}\\n')
 """
     ended, lines, events = child(tmp_path, code)
     assert ended == Ended(0, False, "no end") or ended == Ended(0, False, "err")
@@ -78,7 +76,7 @@ def test_a_killed_child_is_noticed_though_its_own_child_holds_its_pipes(tmp_path
 
 
 def test_a_child_that_closes_its_pipes_and_hangs_is_timed_out(tmp_path: Path):
-    code = "import os, time; [os.close(fd) for fd in (1, 2, int(os.environ['P_FD']))]; time.sleep(300)"
+    code = "import os, time; [os.close(fd) for fd in (1, 2, int(os.environ['CLHA_PROGRESS_FD']))]; time.sleep(300)"
     ended, _, _ = child(tmp_path, code, timeout_seconds=2)
     assert ended.timed_out and ended.returncode == -signal.SIGTERM
 
@@ -104,8 +102,6 @@ def test_an_exception_in_the_parent_ends_the_child(tmp_path: Path):
             log=tmp_path / "log",
             on_event=print,
             on_line=stop,
-            progress_fd="P",
-            lifeline_fd="L",
         )
     assert wait_until_gone(pids[0])
 
@@ -154,7 +150,5 @@ def test_a_command_that_does_not_exist_leaves_no_open_pipe(tmp_path: Path):
             environment={},
             log=tmp_path / "log",
             on_event=print,
-            progress_fd="P",
-            lifeline_fd="L",
         )
     assert len(os.listdir("/proc/self/fd")) == before

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def test_help_is_answered_without_importing_anything_heavy():
 
 @pytest.mark.parametrize(
     "subcommand",
-    ["run", "run-stage", "status", "why", "runs", "report", "ui", "deploy", "doctor", "noise", "noise-study"],
+    ["run", "run-stage", "status", "why", "runs", "report", "ui", "deploy", "doctor", "noise", "noise-study", "fetch"],
 )
 def test_each_command_has_help(command: Clha, subcommand: str):
     done = command(subcommand, "--help")
@@ -188,6 +189,20 @@ def test_empty_data_is_one_line(command: Clha, on_pairs: tuple[str, ...], tmp_pa
 def test_too_little_free_disk_is_one_line(command: Clha, on_pairs: tuple[str, ...]):
     done = command("run", *on_pairs, "--only", "prepare", "--no-prefect", "--set", "execution.min_free_disk_gb=1e9")
     assert "min_free_disk_gb" in one_line(done)
+
+
+def test_fetch_makes_a_profiles_models_once_and_names_one_that_is_not_there(command: Clha, home: Home, root: Path):
+    folder = home.models / "tiny-random"
+    shutil.rmtree(folder)
+    asked = ("fetch", "--config", str(root / "pipelines.yaml"), "--profile", "smoke")
+    done = command(*asked)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith("bundled:tiny-random: ")
+    assert (folder / "model.safetensors").is_file()
+    made = folder.stat().st_mtime_ns
+    again = command(*asked)
+    assert again.returncode == 0 and "converting" not in again.stdout and folder.stat().st_mtime_ns == made
+    missing = command(*asked, "--set", "policy.model=/nowhere")
+    assert missing.returncode == 2 and "no such folder" in one_line(missing)
 
 
 def test_doctor_says_what_there_is_and_what_is_amiss(command: Clha, on_pairs: tuple[str, ...]):
