@@ -93,7 +93,7 @@ def train_policy(job: Job, progress: Progress) -> dict[str, Any]:
     own, folder = settings.train, Path(job.folder)
     train_set, dev_set = Preferences(Path(job.joined), "train"), Preferences(Path(job.joined), "dev")
     tokenizer = load_chat(Path(job.policy), settings.policy.chat_template).tokenizer
-    evaluates = bool(own.eval_steps and len(dev_set))
+    evaluates = bool(own.eval_steps and len(dev_set))  # on the way, not only at the end
     if own.keep_best and not evaluates:
         raise UserError("train: keep_best needs prompts of split dev, there are none; see prepare.splits and limits")
     transformers.set_seed(own.seed)  # a new adapter begins at random
@@ -114,6 +114,8 @@ def train_policy(job: Job, progress: Progress) -> dict[str, Any]:
     resumed = f" from {Path(job.resume).name}" if job.resume else ""
     progress.log(f"training on {len(train_set)} prompts{resumed}")
     trainer.train(resume_from_checkpoint=job.resume)
+    if len(dev_set) and not evaluates:
+        trainer.evaluate()
     for note in trainer.notes[told:]:
         progress.log(note)
     model = _whole_model(trainer, job, own.lora)

@@ -81,6 +81,8 @@ def test_the_result_is_a_plain_hugging_face_folder_with_metrics_events_and_a_car
     assert card.startswith("---\n") and "| prompts trained on | 8 |" in card and "| learning_rate |" in card
     rows = artifact.rows("metrics")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    # Without eval_steps, dev is measured once, at the end.
+    assert [row["eval_rewards/accuracies"] is not None for row in rows] == [False, False, False, True]
     assert list((artifact.folder / "tensorboard").glob("events.out.*"))
     assert (artifact.manifest["rows_in"], artifact.manifest["rows_out"]) == (PROMPTS, PROMPTS)
     steps = [e for e in events if e["event"] == "metrics"]
