@@ -132,6 +132,7 @@ class RewardFit(Group):
     # Heads fitted on bootstrap samples of the dialogues, whose disagreement rescoring can use; 1: one head on all.
     members: Positive = 1
     seed: int = 0
+    shard_size: Positive = execution(128)  # responses in one file of their features
     max_quarantined: Share = execution(0.1)
     tokens_per_batch: Positive = execution(4096)
 

@@ -1,5 +1,6 @@
 """A stage that is killed goes on where it stopped and ends with the same tables as one that was not."""
 
+import json
 import os
 import shutil
 import signal
@@ -11,16 +12,33 @@ import psutil
 import pytest
 from chains import ROOT, artifact_folder, clha, clha_command, environment, file_digests, referee, run_file
 
-# stage, node, what appears under work/<kind>/*/ when some of the work is done
+# stage, node, kind of the artifact that grows, what appears under work/<kind>/*/ when some of the work is done
 CASES = [
-    pytest.param("prepare", "prepare", "artifact/prompts-*.parquet", id="prepare", marks=pytest.mark.slow),
-    pytest.param("fit_reward", "fit_reward.train", "scratch/**/*.*", id="fit_reward", marks=pytest.mark.slow),
-    pytest.param("generate", "generate", "artifact/candidates-*.parquet", id="generate"),
-    pytest.param("rescore", "score", "artifact/rewards-*.parquet", id="score", marks=pytest.mark.slow),
-    pytest.param("train", "train", "scratch/**/checkpoint-*", id="train", marks=pytest.mark.slow),
-    pytest.param("evaluate", "answers.trained", "artifact/answers-*.parquet", id="answers", marks=pytest.mark.slow),
-    pytest.param("evaluate", "evaluate", "scratch/*.parquet", id="evaluate", marks=pytest.mark.slow),
+    pytest.param("prepare", "prepare", "prepare", "artifact/prompts-*.parquet", id="prepare", marks=pytest.mark.slow),
+    pytest.param(
+        "fit_reward",
+        "fit_reward.train",
+        "features",
+        "artifact/features-*.parquet",
+        id="fit_reward",
+        marks=pytest.mark.slow,
+    ),
+    pytest.param("generate", "generate", "generate", "artifact/candidates-*.parquet", id="generate"),
+    pytest.param("rescore", "score", "score", "artifact/rewards-*.parquet", id="score", marks=pytest.mark.slow),
+    pytest.param("train", "train", "train", "scratch/**/checkpoint-*", id="train", marks=pytest.mark.slow),
+    pytest.param(
+        "evaluate", "answers.trained", "answers", "artifact/answers-*.parquet", id="answers", marks=pytest.mark.slow
+    ),
+    pytest.param("evaluate", "evaluate", "evaluate", "scratch/*.parquet", id="evaluate", marks=pytest.mark.slow),
 ]
+
+
+def grown_folder(home: Path, node: str, kind: str) -> Path:
+    """The artifact of the node, or the features that it was made from."""
+    folder = artifact_folder(home, "smoke", node)
+    if kind != "features":
+        return folder
+    return home / "artifacts" / kind / json.loads((folder / "manifest.json").read_text())["features"]
 
 
 def kill_when_some_work_is_done(home: Path, stage: str, kind: str, pattern: str) -> list[str]:
@@ -49,17 +67,18 @@ def kill_when_some_work_is_done(home: Path, stage: str, kind: str, pattern: str)
     return sorted(str(p) for p in (home / "work" / kind).glob(f"*/{pattern}"))
 
 
-@pytest.mark.parametrize(("stage", "node", "pattern"), CASES)
+@pytest.mark.parametrize(("stage", "node", "kind", "pattern"), CASES)
 def test_a_killed_stage_goes_on_and_ends_with_the_same_tables(
-    smoke_home: Path, smoke_copy: Path, stage: str, node: str, pattern: str, request: pytest.FixtureRequest
+    smoke_home: Path, smoke_copy: Path, stage: str, node: str, kind: str, pattern: str, request: pytest.FixtureRequest
 ):
-    kind = node.split(".")[0]
-    shutil.rmtree(artifact_folder(smoke_copy, "smoke", node))
+    grown = {grown_folder(smoke_copy, node, kind), artifact_folder(smoke_copy, "smoke", node)}
+    for folder in grown:
+        shutil.rmtree(folder)
     partial = kill_when_some_work_is_done(smoke_copy, stage, kind, pattern)
     assert partial, "the stage was over, or dead, before any work was seen"
-    assert not artifact_folder(smoke_copy, "smoke", node).exists(), "all work was done before the kill"
+    assert not any(folder.exists() for folder in grown), "all work was done before the kill"
     if pattern.startswith("artifact/"):
-        whole = artifact_folder(smoke_home, "smoke", node).glob(pattern.removeprefix("artifact/"))
+        whole = grown_folder(smoke_home, node, kind).glob(pattern.removeprefix("artifact/"))
         assert len(partial) < len(list(whole)), "all shards were there: only the manifest was missing"
     kept = {p: os.stat(p).st_mtime_ns for p in partial if Path(p).suffix == ".parquet" and "/artifact/" in p}
 
@@ -71,7 +90,7 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_tables(
     if node == "train":  # the metrics hold speeds; their steps are compared, the weights bit for bit
         after.pop("metrics-00000.parquet"), before.pop("metrics-00000.parquet")
     assert after == before
-    folder = artifact_folder(smoke_copy, "smoke", node)
+    folder = grown_folder(smoke_copy, node, kind)
     for path, modified in kept.items():
         assert (folder / Path(path).name).stat().st_mtime_ns == modified, "a finished shard was written again"
     assert not [p for p in (smoke_copy / "work").rglob("*") if p.is_file()]

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from clha.digests import canonical_json, digest_of
 from clha.errors import UserError
-from clha.store import Artifact, write_atomic
+from clha.stages.features import Reader, features_of
+from clha.store import Artifact
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from clha.rewards.features import FrozenEncoder
     from clha.rewards.texts import RewardInput
     from clha.settings import RewardFit
     from clha.stages.work import Work
 
 CODE_VERSION = {"fit_reward": 3}
-
-# Responses whose features are computed and kept together, so that a killed fit goes on from there.
-_FEATURE_SHARD = 128
 
 
 @dataclass(frozen=True)
@@ -58,9 +54,9 @@ def build(work: Work) -> Artifact:
     rows = [r for r in work.inputs["prepare"].rows("prompts") if r["split"] == split]
     data = pairs_of(rows)
     rows_in = len(data.pairs) + len(data.quarantine)
-    device = scoring_device()
-    features, truncated, padding = _features(work, fit, data.responses, device)
-    pairs, bad = _finite(data.pairs, features)
+    reader = Reader(work.models["encoder"], work.parts["models"]["encoder"], fit)
+    features = features_of(work.home, work.inputs["prepare"], reader, data.responses, work.progress)
+    pairs, bad = _finite(data.pairs, features.values)
     work.writer.write_quarantine(0, data.quarantine + bad)
     work.check_quarantine(rows_in, fit.max_quarantined, f"fit_reward.{role}.max_quarantined")
     groups = len({p.group for p in pairs})
@@ -72,7 +68,7 @@ def build(work: Work) -> Artifact:
     work.progress.log(f"{work.node}: fitting on {len(pairs)} pairs, {fit.folds} folds")
     lengths = np.array([len(r.response) for r in data.responses])
     head, report = fit_pairs(
-        features,
+        features.values,
         np.array([[p.chosen, p.rejected] for p in pairs]),
         weights=np.array([p.weight for p in pairs]),
         groups=[p.group for p in pairs],
@@ -87,7 +83,7 @@ def build(work: Work) -> Artifact:
         },
     )
     report |= {"split": split, "prompts": len({p.prompt_id for p in pairs}), "groups": groups}
-    report |= {"responses_truncated": int(truncated.sum())}
+    report |= {"responses_truncated": int(features.truncated.sum())}
     for name, content in head.files().items():
         work.writer.write_bytes(f"reward_model/{name}", content)
     work.writer.write_bytes("fit.json", (canonical_json(report) + "\n").encode())
@@ -99,11 +95,11 @@ def build(work: Work) -> Artifact:
         rows_in=rows_in,
         rows_out=len(pairs),
         seed=fit.seed,
-        device=device,
+        device=scoring_device(),
         accuracy=report["accuracy"],
         accuracy_interval=report["accuracy_interval"],
         l2=report["l2"],
-        padding_fraction=padding,  # of this attempt: a resumed one computes fewer features
+        features=features.key,
         weights_digest=digest_of([content.hex() for content in head.files().values()]),
     )
 
@@ -142,44 +138,6 @@ def _unusable(chosen: str, rejected: str) -> str | None:
     if not chosen.strip() or not rejected.strip():
         return "empty response"
     return "identical responses" if chosen.strip() == rejected.strip() else None
-
-
-def _features(
-    work: Work, fit: RewardFit, responses: list[RewardInput], device: str
-) -> tuple[NDArray[np.float64], NDArray[np.bool_], float]:
-    """Features [N, D] of the responses, what was truncated [N] and the padding fraction; shards are kept."""
-    from clha.rewards.scoring import report_to
-
-    encoder: FrozenEncoder | None = None
-    features, truncated = [], []
-    starts = range(0, len(responses), _FEATURE_SHARD)
-    for index, start in enumerate(starts):
-        batch = responses[start : start + _FEATURE_SHARD]
-        path = work.writer.scratch / f"features-{index:05d}.npy"
-        if not path.exists():
-            if encoder is None:
-                encoder = _load_encoder(work, fit, device)
-            report = report_to(work.progress, len(responses), "responses", start)
-            read = encoder.features(batch, tokens_per_batch=fit.tokens_per_batch, progress=report)
-            buffer = BytesIO()
-            np.save(buffer, np.concatenate([read.values, read.truncated[:, None]], axis=1), allow_pickle=False)
-            write_atomic(path, buffer.getvalue())
-        stored = np.load(path, allow_pickle=False)
-        features.append(stored[:, :-1])
-        truncated.append(stored[:, -1] > 0)
-        work.progress.update(min(start + _FEATURE_SHARD, len(responses)), len(responses), "responses")
-    padding = encoder.padding.fraction if encoder else 0.0
-    if not features:
-        return np.empty((0, 1)), np.empty(0, dtype=bool), padding
-    return np.concatenate(features), np.concatenate(truncated), padding
-
-
-def _load_encoder(work: Work, fit: RewardFit, device: str) -> FrozenEncoder:
-    from clha.rewards import features
-
-    return features.FrozenEncoder(
-        work.models["encoder"], layer=fit.layer, pooling=fit.pooling, max_tokens=fit.max_tokens, device=device
-    )
 
 
 def _finite(pairs: list[Pair], features: NDArray[np.float64]) -> tuple[list[Pair], list[dict[str, Any]]]:

@@ -2,7 +2,7 @@
 
 In a process of its own: `python -m clha.stages.noise_study --home H --run R [--set noise_study.rates=[0.2]]`.
 
-Each cell (the features; one detection; one trained policy) is an artifact of its own kind, so a study that was
+The features, each detection and each trained policy are artifacts of their own kinds, so a study that was
 stopped goes on where it was, and another seed or rate adds its cells only.
 """
 
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clha.config import settings_from
-from clha.digests import digest_of
 from clha.errors import UserError
 from clha.progress import Progress
 from clha.runs import existing_run
@@ -23,11 +22,11 @@ from clha.stages.study_cells import JUDGED, CellProgress, Study, StudyInput, cou
 from clha.store import Artifact, ArtifactWriter, Home, write_atomic
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from clha.runs import Run
     from clha.settings import NoiseStudy, RewardFit, Settings
     from clha.study.detection import Detection, LabelledPairs
-
-_SHARD = 128
 
 
 def study_of_run(home: Home, run: Run, settings: Settings, progress: Progress) -> dict[str, Any]:
@@ -100,47 +99,24 @@ def _rows(study: Study, split: str, limit: int) -> list[dict[str, Any]]:
 
 
 def _features(study: Study, rows: dict[str, list[dict[str, Any]]]) -> dict[str, LabelledPairs]:
-    """Features of all responses, computed once."""
+    """Features of all responses, an artifact of their own."""
     import numpy as np
-    import pyarrow as pa
 
     from clha.rewards.texts import RewardInput
+    from clha.stages.features import Reader, features_of
     from clha.study.detection import LabelledPairs
 
     wanted = [r for role in ("reward", "train") for r in rows[role]]
     items = [RewardInput(r["messages"], r[side]) for r in wanted for side in ("chosen", "rejected")]
-
-    def make(writer: ArtifactWriter) -> dict[str, Any]:
-        from clha.rewards.adapters import scoring_device
-        from clha.rewards.features import FrozenEncoder
-        from clha.rewards.scoring import report_to
-
-        fit, encoder = study.fit, None
-        for index, start in enumerate(range(0, len(items), _SHARD)):
-            if writer.has_shard("features", index):
-                continue
-            if encoder is None:
-                encoder = FrozenEncoder(
-                    study.given.encoder,
-                    layer=fit.layer,
-                    pooling=fit.pooling,
-                    max_tokens=fit.max_tokens,
-                    device=scoring_device(),
-                )
-            heard = report_to(study.progress, len(items), "responses", start)
-            batch = items[start : start + _SHARD]
-            values = encoder.features(batch, tokens_per_batch=fit.tokens_per_batch, progress=heard).values
-            writer.write_shard("features", index, pa.table({"values": list(values.astype(np.float32))}))
-        return {"rows": len(items)}
-
-    what = {"fit": study.fit.key_settings("l2", "folds", "sft_quantile", "seed", "members")}
-    artifact = study.cell("noise_features", what | {"ids": digest_of([r["id"] for r in wanted])}, make)
-    values = np.stack(artifact.read("features")["values"].to_numpy(zero_copy_only=False)).astype(float)
+    given = study.given
+    study.progress.begin("features")
+    reader = Reader(given.encoder, given.models["encoder"], study.fit)
+    values = features_of(study.home, given.prepare, reader, items, study.progress).values
     values = values.reshape(len(wanted), 2, -1)
     out, start = {}, 0
     for role in ("reward", "train"):
         own = values[start : start + len(rows[role])]
-        usable = np.isfinite(own).all(axis=(1, 2))
+        usable: NDArray[np.bool_] = np.asarray(np.isfinite(own).all(axis=(1, 2)))
         kept = [r for r, u in zip(rows[role], usable, strict=True) if u]
         start += len(rows[role])
         rows[role] = kept

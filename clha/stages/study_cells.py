@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 from clha.digests import digest_of
 from clha.progress import Progress
 from clha.schema import SCHEMA_VERSION
+from clha.stages.work import find_or_make
 from clha.store import Artifact, ArtifactWriter, Home
 
 if TYPE_CHECKING:
     from clha.settings import NoiseStudy, RewardFit
 
-CODE_VERSION = {"noise_features": 1, "noise_detection": 2, "noise_training": 2}
+CODE_VERSION = {"noise_detection": 2, "noise_training": 2}
 
 # Ways to weight that go by a reward model's judgement of the labels.
 JUDGED = frozenset({"calibrated", "shuffled"})
@@ -80,32 +81,5 @@ class Study:
             "models": self.given.models,
             "settings": what,
         }
-        key = digest_of(parts)[:24]
-        self.progress.begin(key)
-        with self.home.lock(f"{kind}-{key}", wait_seconds=3600):
-            done = self.home.find(kind, key)
-            if done:
-                return done
-            from clha.rewards.adapters import scoring_device
-            from clha.stages.work import peak_memory_bytes
-            from clha.versions import installed_versions
-
-            writer = ArtifactWriter(self.home, kind, key)
-            facts = make(writer)
-            rows = facts.pop("rows")
-            return writer.finish(
-                rows_in=rows,
-                rows_out=rows,
-                facts={
-                    "node": kind,
-                    "code_version": CODE_VERSION[kind],
-                    "inputs": {"prepare": self.given.prepare.key},
-                    "settings": what,
-                    "key_parts": parts,
-                    "versions": installed_versions(),
-                    "seed": what.get("seed"),
-                    "device": scoring_device(),
-                    "peak_memory_bytes": peak_memory_bytes(),
-                    **facts,
-                },
-            )
+        self.progress.begin(digest_of(parts))
+        return find_or_make(self.home, parts, {"prepare": self.given.prepare.key}, make)

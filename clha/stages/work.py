@@ -1,11 +1,12 @@
 """What a stage's build function gets: its inputs, settings and models, and the writer of its artifact."""
 
 import resource
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clha.digests import digest_of
 from clha.errors import UserError
 from clha.progress import Progress
 from clha.settings import Settings
@@ -63,6 +64,45 @@ class Work:
                 f"{self.node}: {bad} of {rows_in} rows are bad (most: {reason}, first: {first}), more than {setting} = "
                 f"{share:g}; see {self.writer.folder}/quarantine-*.parquet, mend the data or raise {setting}"
             )
+
+
+def find_or_make(
+    home: Home, parts: Mapping[str, Any], inputs: Mapping[str, str], make: Callable[[ArtifactWriter], dict[str, Any]]
+) -> Artifact:
+    """An artifact that is no node of the chain: the finished one with these parts of the key, or a new one.
+
+    Args:
+        home: where it lies.
+        parts: what it is made from: kind, code_version, settings, ...
+        inputs: {node: key} for its manifest.
+        make: writes its files and returns facts for the manifest, `rows` among them.
+    """
+    from clha.rewards.adapters import scoring_device
+
+    kind, key = parts["kind"], digest_of(parts)[:24]
+    with home.lock(f"{kind}-{key}", wait_seconds=-1):  # without end: execution.timeout_minutes ends who waits too long
+        done = home.find(kind, key)
+        if done and done.damage(deep=True) is None:
+            return done
+        writer = ArtifactWriter(home, kind, key)
+        facts = make(writer)
+        rows = facts.pop("rows")
+        return writer.finish(
+            rows_in=rows,
+            rows_out=rows,
+            facts={
+                "node": kind,
+                "code_version": parts["code_version"],
+                "inputs": dict(inputs),
+                "settings": parts["settings"],
+                "key_parts": dict(parts),
+                "versions": installed_versions(),
+                "seed": parts["settings"].get("seed"),
+                "device": scoring_device(),
+                "peak_memory_bytes": peak_memory_bytes(),
+                **facts,
+            },
+        )
 
 
 def peak_memory_bytes() -> int:

@@ -2,15 +2,19 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from reward_cases import node_work, preference_rows, prompt_row, settings, write_prompts
 
 from clha.errors import UserError
+from clha.progress import Event
 from clha.rewards.adapters import load_scorer
+from clha.rewards.features import FrozenEncoder
 from clha.rewards.head import load_head
 from clha.rewards.texts import RewardInput
+from clha.settings import Settings
 from clha.stages import fit_reward
 from clha.store import Artifact, Home
 
@@ -95,14 +99,111 @@ def test_no_pairs_at_all_are_a_clear_error(home: Home, tiny_model: Path) -> None
         build(home, tiny_model, preference_rows(4, split="train"))
 
 
-def test_a_killed_fit_takes_up_its_features(home: Home, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit_reward, "_FEATURE_SHARD", 16)
+def fit_settings(**changes: Any) -> Settings:
+    fit = {"encoder": "bundled:tiny-random", "layer": 1, "max_tokens": 256, "folds": 3} | changes
+    return settings(fit_reward={"train": fit, "eval": fit})
+
+
+def fitted(home: Home, model: Path, prompts: Artifact, events: list[Event], **changes: Any) -> Artifact:
+    chain = fit_settings(**changes)
+    work = node_work(home, chain, "fit_reward.train", {"prepare": prompts}, {"encoder": model}, events)
+    return fit_reward.build(work)
+
+
+def features(home: Home) -> list[Path]:
+    return sorted((home.artifacts / "features").glob("*"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"l2": 0.1}, {"members": 3}, {"folds": 4}, {"sft_quantile": 0.5}, {"seed": 1}],
+    ids=lambda c: next(iter(c)),
+)
+def test_another_fit_on_the_same_responses_computes_no_features(
+    home: Home, tiny_model: Path, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompts = write_prompts(home, preference_rows(40))
+    first = fitted(home, tiny_model, prompts, [], l2=0.01)
+    made = {p: p.stat().st_mtime_ns for folder in features(home) for p in folder.iterdir()}
 
-    class Killed(BaseException):
-        pass
+    def no_more(*_: Any, **__: Any) -> None:
+        raise AssertionError("an encoder was loaded")
 
-    work = node_work(home, settings(), "fit_reward.train", {"prepare": prompts}, {"encoder": tiny_model})
+    monkeypatch.setattr(FrozenEncoder, "__init__", no_more)
+    events: list[Event] = []
+    second = fitted(home, tiny_model, prompts, events, **({"l2": 0.01} | change))
+    assert second.key != first.key
+    assert second.manifest["features"] == first.manifest["features"] == features(home)[0].name
+    assert any("features of 80 responses: found" in e.get("message", "") for e in events)
+    assert {p: p.stat().st_mtime_ns for folder in features(home) for p in folder.iterdir()} == made
+
+
+@pytest.mark.parametrize(
+    "change", [{"layer": 2}, {"layer": None}, {"pooling": "mean"}, {"max_tokens": 20}], ids=lambda c: str(c)
+)
+def test_a_model_that_is_read_otherwise_has_features_of_its_own(
+    home: Home, tiny_model: Path, change: dict[str, Any]
+) -> None:
+    prompts = write_prompts(home, preference_rows(40))
+    events: list[Event] = []
+    keys = {fitted(home, tiny_model, prompts, events, l2=0.01, **c).manifest["features"] for c in ({}, change)}
+    assert keys == {p.name for p in features(home)} and len(keys) == 2
+    assert sum("features of 80 responses: computed" in e.get("message", "") for e in events) == 2
+
+
+def test_other_pairs_have_other_features_and_the_other_splits_do_not_matter(home: Home, tiny_model: Path) -> None:
+    rows = preference_rows(40)
+    first = fitted(home, tiny_model, write_prompts(home, rows), [], l2=0.01)
+    more = fitted(home, tiny_model, write_prompts(home, rows + preference_rows(9, "train", seed=5)), [], l2=0.1)
+    fewer = fitted(home, tiny_model, write_prompts(home, rows[1:]), [], l2=0.01)
+    assert first.manifest["features"] == more.manifest["features"] != fewer.manifest["features"]
+
+
+def test_features_are_an_artifact_with_a_whole_manifest(home: Home, tiny_model: Path) -> None:
+    artifact = fitted(home, tiny_model, write_prompts(home, preference_rows(40)), [], l2=0.01, shard_size=32)
+    made = home.find("features", artifact.manifest["features"])
+    assert made is not None and made.damage(deep=True) is None
+    assert [f["rows"] for f in made.manifest["files"]] == [32, 32, 16]
+    assert (made.manifest["rows_in"], made.manifest["rows_out"], made.manifest["rows_quarantined"]) == (80, 80, 0)
+    assert made.manifest["inputs"].keys() == {"prepare"} and made.manifest["code_version"] == 1
+    assert made.manifest["settings"] == {"layer": 1, "pooling": "response_mean", "max_tokens": 256, "shard_size": 32}
+    assert 0 <= made.manifest["padding_fraction"] < 1
+
+
+def test_stored_features_are_what_the_encoder_computes_bit_for_bit(home: Home, tiny_model: Path) -> None:
+    prompts = write_prompts(home, preference_rows(40))
+    artifact = fitted(home, tiny_model, prompts, [], l2=0.01)
+    items = fit_reward.pairs_of(prompts.rows("prompts")).responses
+    reader = FrozenEncoder(tiny_model, layer=1, pooling="response_mean", max_tokens=256)
+    stored = home.find("features", artifact.manifest["features"])
+    assert stored is not None
+    values = np.array(stored.read("features")["values"].to_pylist())
+    assert np.array_equal(values, reader.features(items, tokens_per_batch=4096).values)
+
+
+def test_damaged_features_are_computed_again(home: Home, tiny_model: Path) -> None:
+    prompts = write_prompts(home, preference_rows(40))
+    first = fitted(home, tiny_model, prompts, [], l2=0.01)
+    (shard,) = features(home)[0].glob("*.parquet")
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:200] + bytes([whole[200] ^ 255]) + whole[201:])
+    events: list[Event] = []
+    second = fitted(home, tiny_model, prompts, events, l2=0.1)
+    assert any(": computed, " in e.get("message", "") for e in events)
+    assert second.manifest["features"] == first.manifest["features"] and shard.read_bytes() == whole
+
+
+class Killed(BaseException):
+    """Ends a build where no cleanup of its own can run after it."""
+
+
+def test_a_killed_fit_takes_up_its_features_and_ends_with_the_same_head(
+    home: Home, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = preference_rows(40)
+    prompts = write_prompts(home, rows)
+    chain = fit_settings(l2=0.01, shard_size=16)
+    work = node_work(home, chain, "fit_reward.train", {"prepare": prompts}, {"encoder": tiny_model})
 
     def die(done: int, total: int, unit: str, note: str = "") -> None:
         if done >= 48:
@@ -111,21 +212,14 @@ def test_a_killed_fit_takes_up_its_features(home: Home, tiny_model: Path, monkey
     monkeypatch.setattr(work.progress, "update", die)
     with pytest.raises(Killed):
         fit_reward.build(work)
-    kept = sorted(work.writer.scratch.glob("features-*.npy"))
+    kept = {p.name: p.stat().st_mtime_ns for p in (home.work / "features").glob("*/artifact/features-*.parquet")}
     assert 0 < len(kept) < 5
-    stamps = {p.name: p.stat().st_mtime_ns for p in kept}
-    again = node_work(home, settings(), "fit_reward.train", {"prepare": prompts}, {"encoder": tiny_model})
-    seen: dict[str, int] = {}
-    finish = type(again).finish
+    assert not features(home)
 
-    def look(self, **facts):  # type: ignore[no-untyped-def]
-        seen.update({p.name: p.stat().st_mtime_ns for p in self.writer.scratch.glob("features-*.npy")})
-        return finish(self, **facts)
-
-    monkeypatch.setattr(type(again), "finish", look)
-    resumed = fit_reward.build(again)
-    assert {name: seen[name] for name in stamps} == stamps
-    whole = load_head(resumed.folder / "reward_model").members
-    other = {"prepare": write_prompts(home, preference_rows(40, "reward_eval"))}
-    unbroken = fit_reward.build(node_work(home, settings(), "fit_reward.eval", other, {"encoder": tiny_model}))
-    assert np.allclose(whole, load_head(unbroken.folder / "reward_model").members, rtol=1e-5)
+    resumed = fitted(home, tiny_model, prompts, [], l2=0.01, shard_size=16)
+    (folder,) = features(home)
+    assert {name: (folder / name).stat().st_mtime_ns for name in kept} == kept
+    assert len(list(folder.glob("features-*.parquet"))) == 5
+    other = Home(tmp_path / "other").create()
+    unbroken = fitted(other, tiny_model, write_prompts(other, rows), [], l2=0.01, shard_size=16)
+    assert resumed.content == unbroken.content and resumed.key == unbroken.key

@@ -10,11 +10,12 @@ from reward_cases import preference_rows, write_prompts
 from clha.errors import UserError
 from clha.progress import Progress
 from clha.settings import NoiseStudy, RewardFit
-from clha.stages import study_cells
+from clha.stages import work as stages_work
 from clha.stages.noise_study import run_study
 from clha.stages.study_cells import StudyInput, count_cells
 from clha.store import Home
 
+KINDS = ("features", "noise_detection", "noise_training")
 FIT = RewardFit(encoder="tiny", layer=1, folds=3, max_tokens=128)
 SMALL = NoiseStudy(
     rates=[0.3],
@@ -35,7 +36,7 @@ def given(home: Home, model: Path) -> StudyInput:
 
 
 def cells(home: Home) -> dict[str, int]:
-    return {kind: len(list((home.artifacts / kind).glob("*/manifest.json"))) for kind in study_cells.CODE_VERSION}
+    return {kind: len(list((home.artifacts / kind).glob("*/manifest.json"))) for kind in KINDS}
 
 
 def test_a_study_reports_every_cell_and_a_second_one_makes_none(
@@ -50,14 +51,14 @@ def test_a_study_reports_every_cell_and_a_second_one_makes_none(
     assert all(d["auroc"] > 0.6 for d in results["detection"] if d["arm"] == "clean")
     assert [t["weights"] for t in results["training"]] == ["before training", "none", "calibrated", "oracle"]
     assert "gain" in results["training"][2]
-    assert cells(home) == {"noise_features": 1, "noise_detection": 4, "noise_training": 7}
+    assert cells(home) == {"features": 1, "noise_detection": 4, "noise_training": 7}
     assert json.loads(report.read_text()) == json.loads(json.dumps(results))
     assert "| 30% | oracle |" in report.with_suffix(".md").read_text()
 
     def no_more(*_: Any) -> None:
         raise AssertionError("a cell was made again")
 
-    monkeypatch.setattr(study_cells, "ArtifactWriter", no_more)
+    monkeypatch.setattr(stages_work, "ArtifactWriter", no_more)
     assert run_study(home, SMALL, FIT, work, Progress()) == results
 
 
@@ -77,7 +78,7 @@ def test_a_stopped_study_keeps_its_finished_cells(home: Home, tiny_model: Path) 
     before = cells(home)
     assert 0 < before["noise_detection"] < 4
     run_study(home, detection_only, FIT, work, Progress())
-    assert cells(home) == {"noise_features": 1, "noise_detection": 4, "noise_training": 0}
+    assert cells(home) == {"features": 1, "noise_detection": 4, "noise_training": 0}
 
 
 def test_another_rate_adds_its_cells_only(home: Home, tiny_model: Path) -> None:
@@ -85,7 +86,7 @@ def test_another_rate_adds_its_cells_only(home: Home, tiny_model: Path) -> None:
     one = SMALL.model_copy(update={"weights": [], "seeds": [0]})
     run_study(home, one, FIT, work, Progress())
     run_study(home, one.model_copy(update={"rates": [0.3, 0.1]}), FIT, work, Progress())
-    assert cells(home) == {"noise_features": 1, "noise_detection": 4, "noise_training": 0}
+    assert cells(home) == {"features": 1, "noise_detection": 4, "noise_training": 0}
 
 
 def test_too_few_pairs_are_a_clear_error(home: Home, tiny_model: Path) -> None:
