@@ -4,6 +4,7 @@ Of several, the first alone writes (model, metrics, checkpoints) and reports pro
 """
 
 import json
+import logging
 import os
 import sys
 from dataclasses import asdict, dataclass
@@ -88,6 +89,7 @@ def train_policy(job: Job, progress: Progress) -> dict[str, Any]:
     from clha.training.trainer import ClhaTrainer
 
     transformers.utils.logging.set_verbosity_warning()
+    logging.getLogger("clha.training").setLevel(logging.ERROR)  # the trainer's notes are told as progress
     keep_freed_memory()
     settings = Settings.model_validate(job.settings)
     own, folder = settings.train, Path(job.folder)

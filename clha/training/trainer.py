@@ -1,19 +1,19 @@
 """A transformers Trainer that trains on ranked responses: it prepares batches and calls pure losses."""
 
 import contextlib
+import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Trainer, set_seed
+from transformers import AutoModelForCausalLM, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from clha.training import checks, policy
 from clha.training.arguments import ClhaConfig
 from clha.training.batches import Layout, MicroBatch, RankedPrompt
-from clha.training.checkpoints import mark_complete
 from clha.training.datasets import as_ranked_prompts
 from clha.training.flops import peak_flops, training_flops
 from clha.training.loader import PromptSampler, prompt_loader
@@ -21,9 +21,12 @@ from clha.training.logprobs import sum_by_response
 from clha.training.metrics import Pace, Sums
 from clha.training.objectives import REFERENCE_LOSSES, Denominators, count, objective
 from clha.training.reference import with_reference
+from clha.training.saving import SavingTrainer
+
+_LOG = logging.getLogger(__name__)
 
 
-class ClhaTrainer(Trainer):
+class ClhaTrainer(SavingTrainer):
     """Trains a causal language model with CLHA or one of its baselines.
 
     Args:
@@ -67,6 +70,8 @@ class ClhaTrainer(Trainer):
         )
         self.abilities = policy.attach(model, args.share_prompts, args.logits_megabytes << 20)
         self.notes = [self.abilities.reason] if self.abilities.reason else []  # lines that a person should read
+        for note in self.notes:
+            _LOG.warning(note)
         sets = [d for d in (self.train_dataset, self.eval_dataset) if d is not None]
         self._candidates = max((d.max_candidates for d in sets), default=2)
         pad_token_id = getattr(processing_class, "pad_token_id", None) or 0
@@ -193,6 +198,3 @@ class ClhaTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self._pace.paused():
             super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                mark_complete(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
