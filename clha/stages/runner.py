@@ -78,6 +78,7 @@ def _build_with_retries(
                 raise
             message = f"{failure}; again in {limits.retry_delay_seconds:g} s ({attempt + 1} of {limits.retries})"
             run.note("retried", node=planned.node.name, reason=str(failure))
+            save_run(home, run)
             listener(planned.node.name, {"event": "log", "message": message})
             time.sleep(limits.retry_delay_seconds)
     raise AssertionError("unreachable")
