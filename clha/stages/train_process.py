@@ -160,6 +160,8 @@ def _arguments(settings: Settings, job: Job, *, evaluates: bool) -> Any:
     s = settings.train
     micro = s.micro_batch_prompts or s.batch_prompts // s.processes
     best = s.keep_best and evaluates
+    # A checkpoint between two rows of metrics adds one, and no execution setting may change the table.
+    checkpoint_steps = -(-s.checkpoint_steps // s.logging_steps) * s.logging_steps
     more: dict[str, Any] = {}
     if s.processes > 1:
         more["ddp_backend"] = "nccl" if torch.cuda.is_available() else "gloo"
@@ -197,7 +199,7 @@ def _arguments(settings: Settings, job: Job, *, evaluates: bool) -> Any:
         eval_on_start=evaluates and job.resume is None,
         save_strategy="steps",
         # The best weights can only be those of a checkpoint: with keep_best each evaluation makes one.
-        save_steps=(s.eval_steps or s.checkpoint_steps) if best else s.checkpoint_steps,
+        save_steps=(s.eval_steps or checkpoint_steps) if best else checkpoint_steps,
         load_best_model_at_end=best,
         metric_for_best_model="rewards/accuracies" if best else None,
         greater_is_better=True if best else None,

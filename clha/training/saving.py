@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
@@ -27,8 +27,21 @@ _FOR_RESUMING = (
 )
 
 
+class LogWhereSaved(TrainerCallback):
+    """A checkpoint holds no half of a log interval: what a run measured does not depend on where it was resumed."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_log |= control.should_save
+
+    on_epoch_end = on_step_end
+
+
 class SavingTrainer(Trainer):
     """A Trainer that marks whole checkpoints, resumes from those only, and leaves no pickled arguments."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(LogWhereSaved())
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As any Trainer's; with `resume_from_checkpoint=True` a half-written checkpoint is removed, in one line."""

@@ -2,6 +2,7 @@
 
 import logging
 import pickletools
+import shutil
 import zipfile
 from concurrent.futures import Future
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, Bloom
 from clha import ClhaConfig, ClhaTrainer
 from clha.training import checkpoints
 from clha.training.checkpoints import is_complete, last_checkpoint, mark_complete
+from clha.training.metrics import metric_rows
 
 STEPS = {"save_strategy": "steps", "save_steps": 2}
 
@@ -132,7 +134,7 @@ def test_the_result_folder_holds_no_pickle(tiny_model: Path, tmp_path: Path):
     assert pickled(checkpoint, files(checkpoint)) == ["optimizer.pt", "rng_state.pth", "scheduler.pt"]
 
 
-def test_an_adapter_that_was_trained_can_be_merged_into_its_model(tiny_model: Path, tmp_path: Path):
+def test_an_adapter_is_saved_alone_and_can_be_merged_into_its_model(tmp_path: Path):
     from peft import LoraConfig
 
     made = ClhaTrainer(
@@ -141,6 +143,10 @@ def test_an_adapter_that_was_trained_can_be_merged_into_its_model(tiny_model: Pa
     made.train()
     ids = torch.randint(0, 99, (1, 9))
     want = made.model.eval()(input_ids=ids).logits
+    made.save_model(str(tmp_path / "adapter"))
+    names = files(tmp_path / "adapter")
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(names) and "model.safetensors" not in names
+    assert pickled(tmp_path / "adapter", names) == []
     made.model.merge_and_unload().save_pretrained(tmp_path / "merged")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(loaded.eval()(input_ids=ids).logits, want, atol=1e-5, rtol=0)
@@ -197,6 +203,22 @@ def test_resuming_alone_passes_over_a_half_written_checkpoint_in_one_line(
     ]
     assert torch.equal(weights(again.model), weights(whole.model))
     assert is_complete(tmp_path / "run" / "checkpoint-4")
+
+
+def test_a_checkpoint_between_two_logs_loses_no_metrics(tmp_path: Path):
+    """Logs every 2 steps, a checkpoint after 3: the steps are logged there as well, so that the table is the same."""
+    settings = {"max_steps": 6, "logging_steps": 2, "save_strategy": "steps", "save_steps": 3}
+    whole = trainer(tmp_path / "run", **settings)
+    whole.train()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    again = trainer(tmp_path / "run", **settings)
+    again.train(resume_from_checkpoint=True)
+    ours, theirs = (metric_rows(made.state.log_history) for made in (again, whole))
+    assert [row["step"] for row in ours] == [2, 3, 4, 6]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert {k: v for k, v in mine.items() if "perf/" not in k} == {
+            k: v for k, v in other.items() if "perf/" not in k
+        }
 
 
 def test_resuming_alone_without_a_whole_checkpoint_says_so(tmp_path: Path):
