@@ -21,11 +21,11 @@ demo: env  ## set up and run the whole chain on the sample data
 
 test: check  ## set up, lint, types and the tests (about a quarter of an hour)
 
-test-all: env lint types  ## the slow tests too
-	$(BIN)/python -m pytest
+test-all: check  ## the slow tests too (about an hour)
+	$(BIN)/python -m pytest -m slow
 
 check: env lint types
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: env
 	$(BIN)/ruff check .

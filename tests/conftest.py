@@ -20,6 +20,13 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that need a finished run or a Prefect server come first: two workers share the tests by file (`make check`)
+    and none should be left alone with the longest at the end."""
+    dear = {item.path for item in items if "smoke_home" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda item: 0 if item.path in dear else 1 if item.path.parent.name == "flows" else 2)
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The project's folder."""
