@@ -119,10 +119,29 @@ class Prepare(Group):
     max_quarantined: Share = execution(0.1)
 
 
+class RewardLora(Group):
+    """How a whole encoder is trained as a reward model: a low-rank adapter and a head with one output."""
+
+    rank: Positive = 16
+    alpha: Annotated[float, Field(gt=0)] = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    # Names of the weight matrices that get an adapter; null: what peft takes for the architecture.
+    target_modules: list[str] | None = None
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4  # falls to zero in a straight line
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    epochs: Positive = 1
+    batch_pairs: Positive = 32  # pairs of an optimizer step
+    tokens_per_micro_batch: Positive = execution(8192)
+    gradient_checkpointing: bool = execution(False)
+
+
 class RewardFit(Group):
-    """A Bradley-Terry head on the frozen features of an encoder, fitted on the pairs of one split."""
+    """A Bradley-Terry model of the pairs of one split: a head on the frozen features of an encoder, or all of it."""
 
     encoder: str = place(...)
+    # head: a linear head on frozen features; lora: the encoder trained by an adapter, merged (needs a GPU for most).
+    method: Literal["head", "lora"] = "head"
+    lora: RewardLora = RewardLora()
     layer: int | None = None  # hidden layer whose states are pooled; null: the last
     pooling: Literal["response_mean", "mean"] = "response_mean"
     max_tokens: Positive = 512
@@ -135,6 +154,12 @@ class RewardFit(Group):
     shard_size: Positive = execution(128)  # responses in one file of their features
     max_quarantined: Share = execution(0.1)
     tokens_per_batch: Positive = execution(4096)
+
+    @model_validator(mode="after")
+    def _one_member(self) -> "RewardFit":
+        if self.method == "lora" and self.members > 1:
+            raise ValueError(f"members is {self.members}, but method lora makes one model; set it to 1")
+        return self
 
 
 class FitReward(Group):

@@ -102,7 +102,7 @@ def _reward_model(nodes: Nodes) -> dict[str, Any] | None:
     fit = read_json(nodes["fit_reward.train"], "fit.json")
     names = ("accuracy", "accuracy_interval", "pairs", "agreement_between_halves", "length_bias")
     calibration = {when: fit["calibration"][when] for when in ("before", "after")}
-    return {name: fit[name] for name in names} | {"calibration": calibration}
+    return {name: fit.get(name) for name in names} | {"calibration": calibration}
 
 
 def _judge(nodes: Nodes) -> dict[str, Any] | None:
@@ -171,11 +171,13 @@ def _pair_lines(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _model_lines(model: Mapping[str, Any]) -> list[tuple[str, str]]:
     low, high = model["accuracy_interval"]
     before, after = model["calibration"]["before"], model["calibration"]["after"]
+    agreement = model["agreement_between_halves"]  # of linear heads only
+    halves = "" if agreement is None else f"; two halves agree at {number(agreement, 2)}"
     return [
         (
             "reward model",
             f"{percent(model['accuracy'], 1)} [{percent(low, 1)}, {percent(high, 1)}] of {model['pairs']} held-out "
-            f"pairs right; two halves agree at {number(model['agreement_between_halves'], 2)}",
+            f"pairs right{halves}",
         ),
         (
             "calibration",

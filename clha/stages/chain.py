@@ -147,11 +147,12 @@ def nodes(settings: Settings) -> list[Node]:
 
 
 def _fit_node(role: str, fit: RewardFit) -> Node:
+    unused = ("lora",) if fit.method == "head" else ("layer", "pooling", "l2", "members")
     return Node(
         f"fit_reward.{role}",
         "fit_reward",
         ("prepare",),
-        fit.key_settings() | {"split": f"reward_{role}"},
+        fit.key_settings(*unused) | {"split": f"reward_{role}"},
         {"encoder": fit.encoder},
         ("torch", "transformers"),
         (f"reward_{role}",),
