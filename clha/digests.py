@@ -8,6 +8,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from clha.errors import UserError
+
 _BLOCK = 1 << 22
 
 
@@ -52,13 +54,23 @@ class FileDigests:
         self._database = database
 
     def of(self, path: Path) -> str:
-        """sha256 of the file at `path`, computed only when the file changed since the last call."""
-        stat = path.stat()
-        state = (str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+        """sha256 of the file at `path`, computed only when the file changed since the last call.
+
+        Raises UserError when the file cannot be read.
+        """
+        try:
+            stat = path.stat()
+            state = (str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+            return self._looked_up(path, state)
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise UserError(f"{path}: cannot be read ({reason}); check the file and its permissions") from error
+
+    def _looked_up(self, path: Path, state: tuple[str, int, int, int]) -> str:
         try:
             return self._remembered(path, state)
-        except sqlite3.OperationalError:  # locked for too long, or no room: nothing is wrong with what is there
-            raise
+        except sqlite3.OperationalError:  # locked for too long, or no room: memory is a convenience
+            return file_sha256(path)
         except sqlite3.DatabaseError:  # damaged; all that is in it can be computed
             self._database.with_name(f"{self._database.name}-journal").unlink(missing_ok=True)
             self._database.unlink(missing_ok=True)

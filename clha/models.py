@@ -65,6 +65,10 @@ def check_model_folder(folder: Path, reference: str) -> None:
         raise UserError(f"model {reference!r}: {folder} is no model folder (it has no config.json)") from None
     except ValueError:
         raise UserError(f"model {reference!r}: {folder / 'config.json'} is not valid JSON") from None
+    except OSError as error:
+        raise UserError(f"model {reference!r}: {folder / 'config.json'} cannot be read ({reason_of(error)})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"model {reference!r}: {folder / 'config.json'} is no JSON object")
     if "auto_map" in config:
         raise UserError(f"model {reference!r}: needs code of its own (trust_remote_code), which is not run here")
     if not any(folder.glob("*.safetensors")):

@@ -5,8 +5,6 @@ import pyarrow as pa
 SCHEMA_VERSION = 1
 
 SPLITS = ("train", "dev", "test", "reward_train", "reward_eval")
-ORIGINS = ("generated", "dataset_chosen", "dataset_rejected", "external")
-FINISH_REASONS = ("eos", "stop_string", "length", "dataset")
 
 MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
 
@@ -92,5 +90,4 @@ SCORES = pa.schema(
     ]
 )
 
-# The columns of `metrics` after `step` are the float64 metrics that the training loop logged.
-METRICS_STEP = pa.field("step", pa.int64())
+# The columns of `metrics`: `step` int64, then the float64 metrics that the training loop logged.

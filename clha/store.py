@@ -50,12 +50,12 @@ def write_atomic(path: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    fsync_folder(path.parent)
+    fsync(path.parent)
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make renames in `folder` durable."""
-    fd = os.open(folder, os.O_RDONLY)
+def fsync(path: Path) -> None:
+    """Make a file's content, or the renames in a folder, durable."""
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
@@ -297,6 +297,7 @@ class ArtifactWriter:
             )
         files = []
         for path in sorted(p for p in self.folder.rglob("*") if p.is_file()):
+            fsync(path)  # libraries that write models and events do not
             parquet = path.suffix == ".parquet"
             files.append(
                 {
@@ -327,6 +328,6 @@ class ArtifactWriter:
             shutil.rmtree(aside)
         final.parent.mkdir(parents=True, exist_ok=True)
         self.folder.rename(final)
-        fsync_folder(final.parent)
+        fsync(final.parent)
         shutil.rmtree(self._base)
         return Artifact(final, manifest)

@@ -6,10 +6,13 @@ from typing import Any
 
 from prefect import serve
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
+from prefect.client.schemas.schedules import CronSchedule
 from prefect.deployments.runner import RunnerDeployment
 from prefect.schedules import Cron, Schedule
 from prefect.types.entrypoint import EntrypointType
+from pydantic import ValidationError
 
+from clha.errors import UserError
 from clha.settings import Settings
 from clha.store import Home
 from flows.noise_study import noise_study
@@ -26,7 +29,7 @@ def deployments(
     up; two deployments that meet in one run are kept apart by the run's lock.
     """
     limit = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
-    when = Cron(settings.schedule.cron, timezone=settings.schedule.timezone) if schedule else None
+    when = _schedule(settings.schedule.cron, settings.schedule.timezone) if schedule else None
     chain_parameters = {"home": str(home), "config": str(config), "profile": profile, "overrides": list(overrides)}
     served: list[tuple[Any, dict[str, Any], Schedule | None]] = [(pipeline, chain_parameters, when)]
     served += [(flow, {"home": str(home), "run": profile}, None) for flow in (*STAGE_FLOWS.values(), noise_study)]
@@ -42,6 +45,17 @@ def deployments(
         )
         for flow, parameters, start in served
     ]
+
+
+def _schedule(cron: str, timezone: str) -> Schedule:
+    try:
+        CronSchedule(cron=cron, timezone=timezone)
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = first["msg"].removeprefix("Value error, ")
+        example = 'such as cron "0 3 * * *", timezone Europe/Berlin'
+        raise UserError(f"schedule.{first['loc'][0]}: {reason}; {example}") from None
+    return Cron(cron, timezone=timezone)
 
 
 def serve_all(home: Home, made: Sequence[RunnerDeployment]) -> None:

@@ -148,16 +148,13 @@ def stage_summary(run: str, stage: str, built: Sequence[Built]) -> str:
     ]
     for entry in built:
         m = entry.artifact.manifest
-        speed = next((f"{m[n]:.0f}" for n in _SPEEDS if isinstance(m.get(n), int | float)), "")
+        speed = f"{m['tokens_per_second']:.0f}" if m.get("tokens_per_second") else ""
         lines.append(
             f"| {entry.node} | {'reused' if entry.reused else 'built'} | {m['rows_in']} | {m['rows_out']} | "
             f"{m['rows_quarantined']} | {m['seconds']:.1f} | {speed} | {m['device']} |"
         )
     lines += ["", *(f"- {entry.node}: `{entry.artifact.folder}`" for entry in built)]
     return "\n".join(lines)
-
-
-_SPEEDS = ("tokens_per_second", "output_tokens_per_second")
 
 
 def _tables(entry: Built) -> list[tuple[str, list[dict[str, Any]]]]:

@@ -24,7 +24,6 @@ from clha.errors import StageFailure, UserError
 from clha.process import end_group, python_module
 from clha.store import Home, write_atomic
 
-DEFAULT_PORT = 4200
 _START_SECONDS = 180.0
 
 

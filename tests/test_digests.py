@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from clha.digests import FileDigests, canonical_json, digest_of, prompt_id, seed_of, unit_of
+from clha.errors import UserError
 
 
 def test_prompt_id_is_the_documented_digest():
@@ -76,6 +77,19 @@ def test_a_damaged_memory_of_digests_is_made_anew(database: Path, damage: Callab
         assert db.execute("pragma integrity_check").fetchone() == ("ok",)
         assert db.execute("select count(*) from digest").fetchone() == (2,)
     db.close()
+
+
+def test_without_room_for_its_memory_a_digest_is_still_given(tmp_path: Path):
+    file = tmp_path / "a"
+    file.write_text("one")
+    assert FileDigests(tmp_path / "no folder" / "digests.sqlite").of(file) == hashlib.sha256(b"one").hexdigest()
+
+
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path):
+    """A folder in the file's place fails as a file without permission does, also for the superuser."""
+    (tmp_path / "a").mkdir()
+    with pytest.raises(UserError, match=r"a: cannot be read \(is a directory\)"):
+        FileDigests(tmp_path / "digests.sqlite").of(tmp_path / "a")
 
 
 def test_a_digest_is_remembered_until_the_file_changes_and_no_connection_stays_open(tmp_path: Path):

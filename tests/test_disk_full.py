@@ -1,8 +1,10 @@
 """A full disk: one clear line, nothing half-written, and the next run goes on. On a real small file system."""
 
 import json
+import os
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,21 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(small_disk: Path, tmp_
     (manifest,) = (home / "artifacts").rglob("manifest.json")
     assert json.loads(manifest.read_text())["rows_out"] == 4000
     assert not [p for p in (home / "artifacts").rglob("*") if ".tmp" in p.name]
+
+
+def test_a_disk_that_is_full_before_the_run_begins_is_one_line(small_disk: Path, tmp_path: Path):
+    home = small_disk / "home"
+    clha(home, "runs")
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}], "chosen": "yes", "rejected": "no"}))
+    filler = os.open(small_disk / "filler", os.O_CREAT | os.O_WRONLY)
+    with suppress(OSError):
+        while os.write(filler, b"x" * 4096):
+            pass
+    os.close(filler)
+    asked = ("run", "--only", "prepare", "--no-prefect", "--profile", "smoke", "--set", f"prepare.path={data}")
+    full = clha(home, *asked, "--set", "execution.min_free_disk_gb=0", expect=1)
+    assert "disk is full" in full.stderr and full.stderr.count("\n") == 1, full.stderr
 
 
 def test_all_the_ways_to_say_that_the_disk_is_full_are_known():

@@ -14,7 +14,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from clha import models
 from clha.errors import StageFailure, TransientFailure, UserError, reason_of
-from clha.models import check_reference, resolve_model
+from clha.models import check_model_folder, check_reference, resolve_model
 from clha.store import Home
 
 
@@ -27,6 +27,33 @@ def test_a_folder_may_have_a_colon_in_its_name(home: Home, tiny_model: Path, tmp
 def test_a_reference_to_nothing_says_what_there_is(reference: str):
     with pytest.raises(UserError, match="bundled:name|tiny-random"):
         check_reference(reference)
+
+
+# files of a folder -> what is said of it
+NO_MODELS: dict[str, tuple[dict[str, str], str]] = {
+    "no config": ({"model.safetensors": "", "README.md": "# A model"}, "is no model folder (it has no config.json)"),
+    "config cut off": ({"config.json": '{"model_type": "llama"', "model.safetensors": ""}, "is not valid JSON"),
+    "config not text": ({"config.json": "\udcff\udcfe", "model.safetensors": ""}, "is not valid JSON"),
+    "pickled weights": ({"config.json": "{}", "pytorch_model.bin": ""}, "has no *.safetensors"),
+    "code of its own": (
+        {"config.json": '{"auto_map": {"AutoModel": "modeling_x.X"}}', "model.safetensors": "", "modeling_x.py": ""},
+        "needs code of its own (trust_remote_code), which is not run here",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NO_MODELS)
+def test_a_folder_that_is_no_model_is_one_line_that_names_the_folder_and_what_is_amiss(tmp_path: Path, case: str):
+    files, said = NO_MODELS[case]
+    folder = tmp_path / "my model"
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content.encode("utf-8", "surrogateescape"))
+    for refuse in (check_reference, lambda reference: check_model_folder(Path(reference), reference)):
+        with pytest.raises(UserError) as caught:
+            refuse(str(folder))
+        message = str(caught.value)
+        assert message.startswith("model ") and str(folder) in message and said in message and "\n" not in message
 
 
 def test_what_a_killed_process_left_is_removed_and_its_child_ends_with_it(tmp_path: Path):

@@ -37,7 +37,7 @@ def learning_curves(metrics: Mapping[str, Floats]) -> Drawn | None:
             smooth = _smoothed(values)
             axis.plot(steps, values, color=PALETTE["base"], linewidth=0.8, alpha=0.7)
             axis.plot(steps, smooth, color=PALETTE["trained"], linewidth=1.8)
-            held = metrics.get(f"eval/{name}")
+            held = metrics.get(f"eval_{name}")
             if held is not None and np.isfinite(held).any():
                 at = np.isfinite(held)
                 axis.plot(metrics["step"][at], held[at], "o-", color=PALETTE["loss"], markersize=3.5, linewidth=1.2)
@@ -49,7 +49,7 @@ def learning_curves(metrics: Mapping[str, Floats]) -> Drawn | None:
                 axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: percent(v)))
             said.append(f"{heading} from {number(float(smooth[0]))} to {number(float(smooth[-1]))}")
         figure.supxlabel("optimizer step", fontsize=8, color=PALETTE["muted"])
-        held_too = any(n.startswith("eval/") and np.isfinite(v).any() for n, v in metrics.items())
+        held_too = any(n.startswith("eval_") and np.isfinite(v).any() for n, v in metrics.items())
         return finish(
             figure,
             "learning-curves",

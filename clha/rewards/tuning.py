@@ -5,6 +5,7 @@ and accuracy, calibration and SFT threshold are those of the very model that is 
 """
 
 import json
+import math
 import shutil
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ Floats = NDArray[np.float64]
 
 _CHECKPOINT = "adapter.safetensors"
 _MAX_GRAD_NORM = 1.0
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's, of each parameter
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,9 @@ def tune(
     """Train an adapter on all folds but the first, merge it, and judge the first fold by the result.
 
     `scratch` keeps the adapter after each epoch, so that a killed fit goes on with the next one and ends with the same
-    model. Returns the merged sequence classifier, its rewards in log-odds, and the report (fit.json). Raises UserError
-    when the adapter does not fit the model, StageFailure when a batch does not fit into memory.
+    model. At least two groups for each fold. Returns the merged sequence classifier, its rewards in log-odds, and the
+    report (fit.json). Raises UserError when the model cannot be a classifier or the adapter does not fit it,
+    StageFailure when a batch does not fit into memory or training diverges.
     """
     held: NDArray[np.bool_] = np.asarray(assign_folds(texts.groups, fit.folds, fit.seed) == 0)
     model = _with_adapter(encoder, fit)
@@ -89,7 +92,7 @@ def tune(
     margins = judged[:, 0] - judged[:, 1]
     factor = fit_temperature(margins, weights)
     _scale_head(merged, factor)
-    calibrated = cross_calibrated(margins, weights, groups, min(2, len(set(groups))), fit.seed)
+    calibrated = cross_calibrated(margins, weights, groups, 2, fit.seed)
     report = judgement(judged, calibrated, factor, weights, groups, texts.lengths[pairs])
     chosen = np.unique(pairs[:, 0])
     return merged, report | {
@@ -109,7 +112,13 @@ def _with_adapter(encoder: Path, fit: RewardFit) -> Any:
 
     lora = fit.lora
     torch.manual_seed(seed_of("reward adapter", fit.seed))
-    model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=1, dtype=torch.float32)
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=1, dtype=torch.float32)
+    except (ValueError, RuntimeError) as error:  # no such architecture, or a head with more outputs
+        raise UserError(
+            f"fit_reward: {encoder.name} cannot become a classifier with one output ({_first_line(error)}); "
+            "take another encoder or method: head"
+        ) from None
     config = LoraConfig(
         task_type="SEQ_CLS",
         r=lora.rank,
@@ -120,11 +129,19 @@ def _with_adapter(encoder: Path, fit: RewardFit) -> Any:
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
-        raise UserError(f"fit_reward: lora.target_modules: {str(error).splitlines()[0]}") from None
+        named = "null" if lora.target_modules is None else ", ".join(lora.target_modules) or "empty"
+        raise UserError(
+            f"fit_reward: lora.target_modules is {named}, which does not fit {encoder.name} ({_first_line(error)}); "
+            "give names of its linear layers, such as q_proj"
+        ) from None
     if lora.gradient_checkpointing:
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()
     return adapted
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0].rstrip(".")
 
 
 def _train(
@@ -156,6 +173,10 @@ def _train(
                 group["lr"] = lora.learning_rate * (1 - done / total)
             batch = order[step * lora.batch_pairs : (step + 1) * lora.batch_pairs]
             summed += _backward(model, texts, batch, pad_id, lora)
+            if not math.isfinite(summed):
+                raise StageFailure(
+                    f"the loss is not finite at step {done + 1} of {total}; lower fit_reward's lora.learning_rate"
+                )
             torch.nn.utils.clip_grad_norm_(parameters, _MAX_GRAD_NORM)
             optimizer.step()
             optimizer.zero_grad()
@@ -197,11 +218,10 @@ def _backward(model: Any, texts: LabelledTexts, batch: NDArray[np.int64], pad_id
 
 def _keep(path: Path, parameters: list[Any], optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
     """Write what is trained and the optimizer's moments, as safetensors."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for i, p in enumerate(parameters):
-        state = optimizer.state[p]
-        tensors |= {f"{i}.value": p.detach(), f"{i}.step": state["step"]}
-        tensors |= {f"{i}.{name}": state[name] for name in ("exp_avg", "exp_avg_sq")}
+        moments = optimizer.state.get(p, {})  # none of a matrix that the outputs do not depend on
+        tensors |= {f"{i}.value": p.detach(), **{f"{i}.{name}": t for name, t in moments.items()}}
     cpu = {name: t.cpu().contiguous() for name, t in tensors.items()}
     write_atomic(path, save(cpu, {"losses": json.dumps(losses)}))
 
@@ -211,10 +231,12 @@ def _restore(path: Path, parameters: list[Any], optimizer: torch.optim.Optimizer
     if not path.is_file():
         return []
     with safe_open(path, "pt") as stored, torch.no_grad():
+        names = set(stored.keys())
         for i, p in enumerate(parameters):
             p.copy_(stored.get_tensor(f"{i}.value"))
-            moments = {n: stored.get_tensor(f"{i}.{n}").to(p.device) for n in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[p] = {"step": stored.get_tensor(f"{i}.step"), **moments}
+            moments = {n: stored.get_tensor(f"{i}.{n}") for n in _MOMENTS if f"{i}.{n}" in names}
+            if moments:
+                optimizer.state[p] = {n: t if n == "step" else t.to(p.device) for n, t in moments.items()}
         losses: list[float] = json.loads(stored.metadata()["losses"])
         return losses
 

@@ -7,8 +7,6 @@ from clha.digests import unit_of
 from clha.errors import StageFailure
 from clha.settings import Splits
 
-EVALUATION_SPLITS = ("dev", "test", "reward_eval")
-
 
 def first_user_turn(messages: Iterable[Mapping[str, str]]) -> str:
     """The content of the first user turn; "" where there is none."""

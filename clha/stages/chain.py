@@ -147,14 +147,16 @@ def nodes(settings: Settings) -> list[Node]:
 
 
 def _fit_node(role: str, fit: RewardFit) -> Node:
-    unused = ("lora",) if fit.method == "head" else ("layer", "pooling", "l2", "members")
+    # A head's key does not name its method: it is that of the heads fitted before there was another one.
+    lora = fit.method == "lora"
+    unused = ("layer", "pooling", "l2", "members") if lora else ("method", "lora")
     return Node(
         f"fit_reward.{role}",
         "fit_reward",
         ("prepare",),
         fit.key_settings(*unused) | {"split": f"reward_{role}"},
         {"encoder": fit.encoder},
-        ("torch", "transformers"),
+        ("torch", "transformers", "peft") if lora else ("torch", "transformers"),
         (f"reward_{role}",),
     )
 

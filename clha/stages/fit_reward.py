@@ -130,7 +130,12 @@ def _fit_model(work: Work, fit: RewardFit, data: PairData, device: str) -> Fitte
         np.array([len(data.responses[place].response) for place in places]),
     )
     model, report = tune(encoder, labelled, texts.pad_id, fit, device, work.writer.scratch, work.progress)
-    config = _config(work, fit) | {"layer": None, "threshold": report["sft_threshold"], "unit": "log-odds"}
+    config = _config(work, fit) | {
+        "layer": None,
+        "threshold": report["sft_threshold"],
+        "threshold_rule": f"quantile {fit.sft_quantile:g} of rewards of dataset_chosen responses of the held-out fold",
+        "unit": "log-odds",
+    }
     folder = work.writer.folder / "reward_model"
     save_classifier(model, encoder, texts.pad_id, folder, config)
     digest = digest_of([file_sha256(p) for p in sorted(folder.glob("*.safetensors"))])

@@ -28,24 +28,17 @@ class Built:
     reused: bool
 
 
-def run_stage(
-    home: Home, run: Run, settings: Settings, stage: str, listener: Listener, *, force: bool = False
-) -> list[Built]:
+def run_stage(home: Home, run: Run, settings: Settings, stage: str, listener: Listener) -> list[Built]:
     """Build all nodes of one stage (those that are fresh are reused) and record them in the run file.
 
-    Inputs are taken as the run recorded them. `force` builds them anew under a new attempt number. Raises UserError
-    or StageFailure, with one line.
+    Inputs are taken as the run recorded them. Raises UserError or StageFailure, with one line.
     """
-    return [build(home, run, settings, node, listener, force=force) for node in chain.select_nodes(settings, [stage])]
+    return [build(home, run, settings, node, listener) for node in chain.select_nodes(settings, [stage])]
 
 
-def build(
-    home: Home, run: Run, settings: Settings, node: chain.Node, listener: Listener, *, force: bool = False
-) -> Built:
+def build(home: Home, run: Run, settings: Settings, node: chain.Node, listener: Listener) -> Built:
     """Build one node, or reuse it; records its key in the run file before the work and the outcome after it."""
     inputs = {name: _recorded(home, run, settings, name) for name in node.inputs}
-    if force:
-        run.attempts[node.name] = run.attempts.get(node.name, 0) + 1
     planned = chain.plan_node(home, run, settings, node, inputs)
     assert planned.key is not None
     run.nodes[node.name] = planned.key
@@ -85,6 +78,7 @@ def _build_with_retries(
                 raise
             message = f"{failure}; again in {limits.retry_delay_seconds:g} s ({attempt + 1} of {limits.retries})"
             run.note("retried", node=planned.node.name, reason=str(failure))
+            save_run(home, run)
             listener(planned.node.name, {"event": "log", "message": message})
             time.sleep(limits.retry_delay_seconds)
     raise AssertionError("unreachable")

@@ -4,6 +4,7 @@ Of several, the first alone writes (model, metrics, checkpoints) and reports pro
 """
 
 import json
+import logging
 import os
 import sys
 from dataclasses import asdict, dataclass
@@ -88,12 +89,13 @@ def train_policy(job: Job, progress: Progress) -> dict[str, Any]:
     from clha.training.trainer import ClhaTrainer
 
     transformers.utils.logging.set_verbosity_warning()
+    logging.getLogger("clha.training").setLevel(logging.ERROR)  # the trainer's notes are told as progress
     keep_freed_memory()
     settings = Settings.model_validate(job.settings)
     own, folder = settings.train, Path(job.folder)
     train_set, dev_set = Preferences(Path(job.joined), "train"), Preferences(Path(job.joined), "dev")
     tokenizer = load_chat(Path(job.policy), settings.policy.chat_template).tokenizer
-    evaluates = bool(own.eval_steps and len(dev_set))
+    evaluates = bool(own.eval_steps and len(dev_set))  # on the way, not only at the end
     if own.keep_best and not evaluates:
         raise UserError("train: keep_best needs prompts of split dev, there are none; see prepare.splits and limits")
     transformers.set_seed(own.seed)  # a new adapter begins at random
@@ -114,6 +116,8 @@ def train_policy(job: Job, progress: Progress) -> dict[str, Any]:
     resumed = f" from {Path(job.resume).name}" if job.resume else ""
     progress.log(f"training on {len(train_set)} prompts{resumed}")
     trainer.train(resume_from_checkpoint=job.resume)
+    if len(dev_set) and not evaluates:
+        trainer.evaluate()
     for note in trainer.notes[told:]:
         progress.log(note)
     model = _whole_model(trainer, job, own.lora)
@@ -156,6 +160,8 @@ def _arguments(settings: Settings, job: Job, *, evaluates: bool) -> Any:
     s = settings.train
     micro = s.micro_batch_prompts or s.batch_prompts // s.processes
     best = s.keep_best and evaluates
+    # A checkpoint between two rows of metrics adds one, and no execution setting may change the table.
+    checkpoint_steps = -(-s.checkpoint_steps // s.logging_steps) * s.logging_steps
     more: dict[str, Any] = {}
     if s.processes > 1:
         more["ddp_backend"] = "nccl" if torch.cuda.is_available() else "gloo"
@@ -193,7 +199,7 @@ def _arguments(settings: Settings, job: Job, *, evaluates: bool) -> Any:
         eval_on_start=evaluates and job.resume is None,
         save_strategy="steps",
         # The best weights can only be those of a checkpoint: with keep_best each evaluation makes one.
-        save_steps=(s.eval_steps or s.checkpoint_steps) if best else s.checkpoint_steps,
+        save_steps=(s.eval_steps or checkpoint_steps) if best else checkpoint_steps,
         load_best_model_at_end=best,
         metric_for_best_model="rewards/accuracies" if best else None,
         greater_is_better=True if best else None,

@@ -17,7 +17,6 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 # Arms: the reward model's own pairs are clean, or flipped as often as those that it looks at.
-ARMS = ("clean", "flipped")
 
 _RESAMPLES = 400
 

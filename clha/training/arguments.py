@@ -37,7 +37,6 @@ class ClhaConfig(TrainingArguments):
         default=0.05,
         metadata={"help": "Mean difference from the generator's log-probabilities, first batch, nats per token."},
     )
-    merge_adapter: bool = field(default=False, metadata={"help": "LoRA: merge the adapter into the saved model."})
 
     # What TrainingArguments sets otherwise.
     learning_rate: float = field(default=5e-6, metadata={"help": "Peak learning rate."})

@@ -52,6 +52,9 @@ def shared_prompt_attention(
     for name in ("s_aux", "position_bias"):
         if others.get(name) is not None:
             raise NotImplementedError(f"attention with {name}")
+    if torch.is_autocast_enabled(query.device.type):  # rotary positions have made queries and keys float32
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     segments.cache.setdefault("windows", set()).add(sliding_window)  # type: ignore[attr-defined]
     if query.is_cuda and dropout == 0.0:

@@ -36,8 +36,25 @@ def check_generator_logps(token_logps: Tensor, generator_logps: Tensor, toleranc
     return line
 
 
+@torch.no_grad()
+def largest_weights(model: torch.nn.Module) -> Tensor:
+    """The largest absolute weight of each parameter that is trained, summed, float64; not finite where one is not.
+
+    Of sharded parameters this process's part is looked at.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    for parameter in model.parameters():
+        own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        if parameter.requires_grad and own.numel():
+            total += torch.stack(torch.aminmax(own)).abs().max().cpu().double()
+    return total
+
+
 def check_finite(value: float, what: str, step: int, prompt_ids: Sequence[str], checkpoints: Path) -> None:
-    """Raises StageFailure when `value` (a loss, a gradient norm) is NaN or infinite, before anything is overwritten."""
+    """Raises StageFailure when `value` (a loss, a gradient norm, weights that a checkpoint would hold) is not finite.
+
+    It is called before anything is overwritten.
+    """
     if math.isfinite(value):
         return
     good = [p for p in checkpoints.glob("checkpoint-*") if is_complete(p)]

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from clha.errors import UserError
 from clha.schema import REFERENCE
 from clha.training import policy
 from clha.training.batches import Layout, RankedPrompt
@@ -105,8 +106,17 @@ class WithReference:
         return replace(self._dataset[i], reference_logps=self._logps[i])
 
 
-def with_reference(dataset: Any, model: Any, layout: Layout, budget: int, bf16: bool) -> Any:
-    """`dataset`, with log-probabilities of `model` as it is now where it has none of a reference."""
+def with_reference(dataset: Any, model: Any, layout: Layout, budget: int, bf16: bool, trained: bool = False) -> Any:
+    """`dataset`, with log-probabilities of `model` as it is now where it has none of a reference.
+
+    Raises:
+        UserError: it has none, and `model` is `trained` already, so that it is no reference any more.
+    """
     if dataset is None or len(dataset) == 0 or dataset[0].reference_logps is not None:
         return dataset
+    if trained:
+        raise UserError(
+            "dataset: the loss needs log-probabilities under the model as it was before training, and it has been "
+            "trained meanwhile; give the trainer this dataset as (one of a dict of) eval_dataset"
+        )
     return WithReference(dataset, model, layout, budget, bf16)

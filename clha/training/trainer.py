@@ -1,19 +1,19 @@
 """A transformers Trainer that trains on ranked responses: it prepares batches and calls pure losses."""
 
 import contextlib
+import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Trainer, set_seed
+from transformers import AutoModelForCausalLM, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from clha.training import checks, policy
 from clha.training.arguments import ClhaConfig
 from clha.training.batches import Layout, MicroBatch, RankedPrompt
-from clha.training.checkpoints import mark_complete
 from clha.training.datasets import as_ranked_prompts
 from clha.training.flops import peak_flops, training_flops
 from clha.training.loader import PromptSampler, prompt_loader
@@ -21,16 +21,19 @@ from clha.training.logprobs import sum_by_response
 from clha.training.metrics import Pace, Sums
 from clha.training.objectives import REFERENCE_LOSSES, Denominators, count, objective
 from clha.training.reference import with_reference
+from clha.training.saving import SavingTrainer
+
+_LOG = logging.getLogger(__name__)
 
 
-class ClhaTrainer(Trainer):
+class ClhaTrainer(SavingTrainer):
     """Trains a causal language model with CLHA or one of its baselines.
 
     Args:
         model: the model, or a name or folder to load it from (in float32).
         args: a `ClhaConfig`.
         train_dataset, eval_dataset: `clha.training.preferences.Preferences`, or a `datasets.Dataset` in the
-            preferences form or one of TRL's pair formats, see `clha.training.datasets`.
+            preferences form or one of TRL's pair formats, see `clha.training.datasets`. To evaluate on: a dict too.
         processing_class: the tokenizer; needed for text.
         peft_config: of an adapter to train instead of all weights.
         others: as for any Trainer (callbacks, optimizers, ...).
@@ -60,23 +63,31 @@ class ClhaTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=as_ranked_prompts(train_dataset, processing_class),
-            eval_dataset=as_ranked_prompts(eval_dataset, processing_class),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             processing_class=processing_class,
             **others,
         )
         self.abilities = policy.attach(model, args.share_prompts, args.logits_megabytes << 20)
         self.notes = [self.abilities.reason] if self.abilities.reason else []  # lines that a person should read
-        sets = [d for d in (self.train_dataset, self.eval_dataset) if d is not None]
-        self._candidates = max((d.max_candidates for d in sets), default=2)
+        for note in self.notes:
+            _LOG.warning(note)
         pad_token_id = getattr(processing_class, "pad_token_id", None) or 0
         self._layout = Layout(self.abilities.shares_prompts, args.device, pad_token_id)
-        if args.loss in REFERENCE_LOSSES:
-            given = (model, self._layout, args.tokens_per_micro_batch, args.bf16)
-            self.train_dataset = with_reference(self.train_dataset, *given)
-            self.eval_dataset = with_reference(self.eval_dataset, *given)
+        self.train_dataset, self.eval_dataset = self._prompts(train_dataset), self._prompts(eval_dataset)
+        self._candidates = getattr(self.train_dataset, "max_candidates", 2)
         self._pace, self._checked = Pace(), False
         self._peak: float | None = None
+
+    def _prompts(self, dataset: Any) -> Any:
+        """A dataset, or each of a dict of them, as ranked prompts; for DPO with the reference's log-probabilities."""
+        if isinstance(dataset, dict):
+            return {name: self._prompts(part) for name, part in dataset.items()}
+        args, prompts = self.args, as_ranked_prompts(dataset, self.processing_class)
+        if args.loss not in REFERENCE_LOSSES:
+            return prompts
+        trained = self.state.global_step > 0
+        return with_reference(prompts, self.model, self._layout, args.tokens_per_micro_batch, args.bf16, trained)
 
     def get_train_dataloader(self) -> Any:
         if self.train_dataset is None or len(self.train_dataset) == 0:
@@ -149,9 +160,9 @@ class ClhaTrainer(Trainer):
             known = torch.full_like(logps, torch.nan) if known is None else known.cpu()
             self.notes.append(checks.check_generator_logps(logps, known, self.args.logprob_tolerance))
 
-    def _check_finite(self, value: Tensor, what: str) -> None:
-        folder = Path(self.args.output_dir or ".")
-        checks.check_finite(float(value.detach()), what, self.state.global_step + 1, self._prompt_ids, folder)
+    def _check_finite(self, value: Tensor, what: str, steps_done: int = 0) -> None:
+        folder, step = Path(self.args.output_dir or "."), self.state.global_step + 1 - steps_done
+        checks.check_finite(float(value.detach()), what, step, self._prompt_ids, folder)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -161,10 +172,10 @@ class ClhaTrainer(Trainer):
     @torch.no_grad()
     def evaluation_loop(self, dataloader: Any, description: str, *_: Any, **kwargs: Any) -> EvalLoopOutput:
         """Loss and metrics over a whole dataset; its prompts are dealt to the processes."""
-        prefix, dataset, args = kwargs.get("metric_key_prefix", "eval"), dataloader.dataset, self.args
+        prefix, dataset, args = kwargs.get("metric_key_prefix", "eval"), self._prompts(dataloader.dataset), self.args
         model, was_training = self.model_wrapped, self.model_wrapped.training
         model.eval()
-        sums, over = Sums(), count((dataset[i] for i in range(len(dataset))), self._candidates)
+        sums, over = Sums(), count((dataset[i] for i in range(len(dataset))), dataset.max_candidates)
         step = args.per_device_eval_batch_size * args.world_size
         with self._pace.paused():
             for start in range(0, len(dataset), step):
@@ -192,7 +203,5 @@ class ClhaTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self._pace.paused():
+            self._check_finite(self._summed(checks.largest_weights(model)), "a weight", steps_done=1)
             super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                mark_complete(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")

@@ -90,7 +90,7 @@ BAD_REQUESTS = {
     "malformed --set": (("--set", "train.margin"), "KEY=VALUE"),
     "unknown key in --set": (("--set", "train.margn=1"), "did you mean `margin`"),
     "missing settings file": (("--config", "none.yaml"), "none.yaml: no such file"),
-    "bad port": (("--set", "execution.timeout_minutes=-1"), "timeout_minutes"),
+    "time limit below zero": (("--set", "execution.timeout_minutes=-1"), "timeout_minutes"),
 }
 
 
@@ -99,6 +99,19 @@ def test_a_bad_request_is_one_line_and_writes_nothing(command: Clha, home: Home,
     arguments, expected = BAD_REQUESTS[case]
     before = files_below(home.root)
     assert expected in one_line(command("run", *on_pairs, *arguments))
+    assert files_below(home.root) == before
+
+
+def test_a_policy_that_is_no_model_is_one_line_that_names_its_folder_and_writes_nothing(
+    command: Clha, home: Home, on_pairs: tuple[str, ...], tmp_path: Path
+):
+    folder = tmp_path / "pickled"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    before = files_below(home.root)
+    message = one_line(command("run", *on_pairs, "--set", f"policy.model={folder}"))
+    assert str(folder) in message and "no *.safetensors (pickled weights are not read)" in message
     assert files_below(home.root) == before
 
 
@@ -159,6 +172,17 @@ def test_a_taken_port_is_one_line_that_says_how_to_choose_another(command: Clha,
         for done in (command("ui", "--port", port), command("deploy", *on_pairs, "--port", port)):
             message = one_line(done)
             assert f"port {port}" in message and "--port" in message
+
+
+@pytest.mark.parametrize("port", ["70000", "-1"])
+def test_what_is_no_port_is_one_line_and_starts_no_server(
+    command: Clha, home: Home, on_pairs: tuple[str, ...], port: str
+):
+    before = files_below(home.root)
+    for done in (command("ui", "--port", port), command("deploy", *on_pairs, "--port", port)):
+        message = one_line(done)
+        assert port in message and "--port" in message and "starting" not in done.stdout
+    assert files_below(home.root) == before
 
 
 def test_a_server_that_is_named_but_gone_is_one_line(command: Clha, on_pairs: tuple[str, ...]):

@@ -16,6 +16,8 @@ import pytest
 from chains import ROOT, clha_command, environment, run_file
 from flow_cases import hear_interrupts, processes_of, write_pairs
 
+from clha.config import load_settings
+from clha.errors import UserError
 from clha.store import Home
 from flows import server
 
@@ -102,6 +104,16 @@ def served(served_home: Home, pairs: Path) -> Iterator[Api]:
         process.send_signal(signal.SIGINT)
         process.wait(timeout=60)
         assert processes_of(served_home.root) == []
+
+
+@pytest.mark.parametrize(("key", "value"), [("cron", "nonsense"), ("timezone", "Mars/Olympus")])
+def test_a_schedule_that_is_none_is_one_line(tmp_path: Path, key: str, value: str):
+    from flows.deploy import deployments
+
+    config = ROOT / "pipelines.yaml"
+    profile, settings = load_settings(config, "smoke", [f"schedule.{key}={value}"])
+    with pytest.raises(UserError, match=rf"schedule\.{key}: .*{value}.*such as cron"):
+        deployments(tmp_path, config, profile, settings, (), schedule=True)
 
 
 def test_chain_and_stages_started_through_the_api_end_completed_and_a_second_start_is_cancelled(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from clha.errors import StageFailure, TransientFailure, UserError
 from clha.generation import server as server_module
 from clha.generation.requests import Request, Sampling
 from clha.generation.server import ServerEngine, served, served_identity
+from clha.progress import Event
 from clha.runs import Run, save_run
 from clha.settings import Engine
 from clha.stages import chain, runner
@@ -206,6 +208,84 @@ def test_an_answer_without_token_ids_is_refused(answering: Callable[[Answer], st
     made.close()
 
 
+def server_tree(data: Path, url: str | None, **execution: float) -> dict[str, Any]:
+    """Settings of a small chain whose policy is the tiny model; its engine is the server at `url`."""
+    judge = {"reward": {"type": "sequence_classification", "model": "nowhere"}}
+    engine_settings = {"mode": "server", "url": url} if url else {}
+    return {
+        "policy": {"model": "bundled:tiny-random"},
+        "prepare": {
+            "source": "chat_jsonl",
+            "path": str(data),
+            "splits": {"train": 0.6, "dev": 0.2, "test": 0.2, "reward_train": 0, "reward_eval": 0},
+        },
+        "generate": {
+            "n": 1,
+            "temperature": 0,
+            "max_tokens": 12,
+            "max_prompt_tokens": 100,
+            "shard_size": 8,
+            "engine": {
+                "max_model_len": 250,
+                "args": {"max_num_seqs": 8, "kv_cache_memory_bytes": 1 << 26},
+                **engine_settings,
+            },
+        },
+        "rescore": judge,
+        "evaluate": judge,
+        "execution": {"min_free_disk_gb": 0.1, "retries": 0, **execution},
+    }
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    """24 prompts."""
+    lines = [json.dumps({"messages": [{"role": "user", "content": f"Why {k}?"}]}) for k in range(24)]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path / "data.jsonl"
+
+
+@pytest.mark.slow  # a request is sent six times, over 15 s, before the stage gives up and is tried again
+def test_a_stage_whose_server_is_overloaded_for_long_is_tried_again_and_loses_no_prompt(
+    answering: Callable[[Answer], str], home: Home, questions: Path
+) -> None:
+    """The first eight prompts (a shard) are answered; then nothing, until the stage has failed once."""
+    answered: list[list[int]] = []
+    said: list[str] = []
+    lock = threading.Lock()
+
+    def answer(path: str, headers: dict[str, str], body: dict[str, Any]) -> tuple[int, Any]:
+        if not body:
+            return (200, models(max_model_len=250)) if path == "/v1/models" else plain(path, headers, body)
+        with lock:
+            if len(answered) >= 8 and not said:
+                return 503, {}
+            answered.append(body["prompt"])
+        logprobs = {"token_logprobs": [-0.5, -0.5]}
+        choice = {"index": 0, "token_ids": [40, 41], "logprobs": logprobs, "finish_reason": "length"}
+        return 200, {"choices": [choice]}
+
+    def listen(node: str, event: Event) -> None:
+        if "; again in " in event.get("message", ""):
+            said.append(event["message"])
+
+    tree = server_tree(questions, answering(answer), retries=1, retry_delay_seconds=0)
+    tree["generate"]["engine"]["max_concurrency"] = 1
+    settings = settings_from(tree, (), where="test")
+    run = Run("r", "test", settings.model_dump(mode="json"))
+    save_run(home, run)
+    built = [runner.build(home, run, settings, node, listen) for node in chain.nodes(settings)[:2]]
+    (message,) = said
+    assert re.fullmatch(
+        r"generate: http://127\.0\.0\.1:\d+/v1/completions: no answer \(status 503\) \(log: \S+\); "
+        r"again in 0 s \(1 of 1\)",
+        message,
+    )
+    manifest = built[1].artifact.manifest
+    assert manifest["rows_in"] == manifest["rows_out"] == len({tuple(p) for p in answered}) > 8
+    assert len(answered) == manifest["rows_in"], "the shard of the first try was kept: no prompt was asked twice"
+
+
 @pytest.fixture(scope="module")
 def vllm_server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real server with the tiny model."""
@@ -249,37 +329,12 @@ def vllm_server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 
 @pytest.mark.slow  # a real server needs 40 s until it answers
 def test_a_real_server_gives_the_rows_of_the_engine_in_process(
-    vllm_server: str, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    vllm_server: str, home: Home, questions: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "for the test")
-    data = tmp_path / "data.jsonl"
-    data.write_text(
-        "".join(json.dumps({"messages": [{"role": "user", "content": f"Why {k}?"}]}) + "\n" for k in range(24))
-    )
-    judge = {"reward": {"type": "sequence_classification", "model": "nowhere"}}
-    tree = {
-        "policy": {"model": "bundled:tiny-random"},
-        "prepare": {
-            "source": "chat_jsonl",
-            "path": str(data),
-            "splits": {"train": 0.6, "dev": 0.2, "test": 0.2, "reward_train": 0, "reward_eval": 0},
-        },
-        "generate": {
-            "n": 1,
-            "temperature": 0,
-            "max_tokens": 12,
-            "max_prompt_tokens": 100,
-            "shard_size": 8,
-            "engine": {"max_model_len": 250, "args": {"max_num_seqs": 8, "kv_cache_memory_bytes": 1 << 26}},
-        },
-        "rescore": judge,
-        "evaluate": judge,
-        "execution": {"min_free_disk_gb": 0.1, "retries": 0},
-    }
     made = {}
-    for name, engine_settings in {"in_process": {}, "server": {"mode": "server", "url": vllm_server}}.items():
-        tree["generate"]["engine"] |= engine_settings  # type: ignore[index]
-        settings = settings_from(tree, (), where="test")
+    for name, url in {"in_process": None, "server": vllm_server}.items():
+        settings = settings_from(server_tree(questions, url), (), where="test")
         run = Run(name, "test", settings.model_dump(mode="json"))
         save_run(home, run)
         for node in chain.nodes(settings)[:2]:

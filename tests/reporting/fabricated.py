@@ -14,7 +14,7 @@ from clha.evaluation.comparison import Sampling, Scored, compare
 from clha.rewards.calibration import fit_temperature, measure, reliability
 from clha.rewards.fitting import wilson_interval
 from clha.runs import Run, save_run
-from clha.schema import ANSWERS, CANDIDATES, METRICS_STEP, PROMPTS, REWARDS, SCORES, WEIGHTS
+from clha.schema import ANSWERS, CANDIDATES, PROMPTS, REWARDS, SCORES, WEIGHTS
 from clha.settings import Settings
 from clha.store import Artifact, ArtifactWriter, Home, kind_of
 
@@ -276,9 +276,9 @@ class _Maker:
             "rewards/chosen": -1.6 + 0.1 * (1 - decay) + self.rng.normal(0, 0.04, steps),
             "rewards/rejected": -1.6 - 0.2 * (1 - decay) + self.rng.normal(0, 0.04, steps),
             "learning_rate": 1e-4 * (1 - at / steps),
-            "eval/rewards/accuracies": np.where(at % 16 == 0, 0.66 - 0.12 * decay, np.nan),
+            "eval_rewards/accuracies": np.where(at % 16 == 0, 0.66 - 0.12 * decay, np.nan),
         }
-        schema = pa.schema([METRICS_STEP, *((name, pa.float64()) for name in columns)])
+        schema = pa.schema([("step", pa.int64()), *((name, pa.float64()) for name in columns)])
         rows = [{"step": int(s), **{k: float(v[i]) for k, v in columns.items()}} for i, s in enumerate(at)]
         self.finish("train", rows_in=160, tables={"metrics": (rows, schema)}, seconds=252.0, tokens_per_second=1480.0)
 

@@ -38,6 +38,13 @@ def draw_all(count: int) -> dict[str, Drawn | None]:
     }
 
 
+def test_what_was_measured_on_dev_is_drawn_under_the_name_that_training_gives_it() -> None:
+    steps = np.arange(1.0, 9)
+    metrics = {"step": steps, "loss": steps, "eval_loss": np.where(steps == 8, 3.0, np.nan)}
+    drawn = training_figures.learning_curves(metrics)
+    assert drawn is not None and "dev split" in drawn.caption
+
+
 @pytest.mark.parametrize("count", [1, 2, 300])
 def test_every_figure_can_be_drawn_for_any_number_of_prompts(count: int) -> None:
     for name, drawn in draw_all(count).items():

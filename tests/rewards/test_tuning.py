@@ -25,7 +25,7 @@ from clha.rewards.adapters import SequenceClassification, load_scorer
 from clha.rewards.fitting import assign_folds
 from clha.rewards.texts import RewardInput
 from clha.rewards.tuning import bradley_terry_loss
-from clha.settings import RewardFit, Settings
+from clha.settings import Settings
 from clha.stages import fit_reward, rescore
 from clha.stages.work import Work
 from clha.store import Artifact, Home
@@ -137,6 +137,24 @@ def test_a_killed_fit_goes_on_after_its_last_epoch_and_ends_with_the_same_files(
     assert not [p for p in home.work.rglob("*") if p.is_file()]
 
 
+def test_a_checkpoint_brings_back_weights_and_moments_also_of_what_had_no_gradient(tmp_path: Path) -> None:
+    """Two parameters, of which the loss sees one: the other has no moments before nor after."""
+
+    def parts() -> tuple[list[torch.nn.Parameter], torch.optim.AdamW]:
+        parameters = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))]
+        return parameters, torch.optim.AdamW(parameters, lr=0.1)
+
+    (seen, unseen), optimizer = parts()
+    (seen * torch.tensor([1.0, 2.0])).sum().backward()
+    optimizer.step()
+    tuning._keep(tmp_path / "kept", [seen, unseen], optimizer, [0.5])
+    again, fresh = parts()
+    assert tuning._restore(tmp_path / "kept", again, fresh) == [0.5]
+    assert torch.equal(again[0], seen) and torch.equal(again[1], unseen)
+    assert torch.equal(fresh.state[again[0]]["exp_avg"], optimizer.state[seen]["exp_avg"])
+    assert again[1] not in fresh.state
+
+
 def test_micro_batches_and_checkpointing_change_memory_and_not_results(home: Home, tiny_model: Path) -> None:
     def losses(home: Home, **lora: Any) -> list[float]:
         artifact = fit_model(home, tiny_model, lora_settings(dropout=0.0, epochs=1, learning_rate=1e-3, **lora))
@@ -194,8 +212,28 @@ def test_a_response_that_the_model_cannot_read_is_quarantined(home: Home, tiny_m
 
 
 def test_matrices_that_the_model_lacks_are_a_clear_error(home: Home, tiny_model: Path) -> None:
-    with pytest.raises(UserError, match="lora.target_modules: .*c_attn"):
+    with pytest.raises(UserError, match="lora.target_modules is c_attn, which does not fit tiny-random"):
         fit_model(home, tiny_model, lora_settings(target_modules=["c_attn"]))
+    with pytest.raises(UserError, match="lora.target_modules is empty"):
+        fit_model(home, tiny_model, lora_settings(target_modules=[]))
+
+
+def test_a_model_with_several_outputs_is_a_clear_error(home: Home, tiny_model: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = tmp_path / "three-labels"
+    AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=3).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    with pytest.raises(UserError, match="three-labels cannot become a classifier with one output"):
+        fit_model(home, folder, lora_settings())
+
+
+def test_a_loss_that_diverges_ends_the_fit_and_leaves_no_checkpoint(home: Home, tiny_model: Path) -> None:
+    with pytest.raises(
+        StageFailure, match="loss is not finite at step .* of .*; lower fit_reward's lora.learning_rate"
+    ):
+        fit_model(home, tiny_model, lora_settings(learning_rate=1e30, epochs=1, batch_pairs=4))
+    assert not [p for p in home.work.rglob("adapter*") if p.is_file()]
 
 
 def test_too_few_dialogues_are_a_clear_error(home: Home, tiny_model: Path) -> None:
@@ -224,5 +262,13 @@ def test_settings_of_a_head_are_none_of_its_own() -> None:
     assert key(lora_settings()) == key(lora_settings({"layer": 1, "l2": 0.3, "pooling": "mean"}))
     assert key(lora_settings()) != key(lora_settings(rank=4))
     assert key(lora_settings()) == key(lora_settings(tokens_per_micro_batch=99))
-    head = RewardFit(encoder="e").key_settings("lora")
-    assert head["method"] == "head" and "lora" not in head
+
+
+def test_the_key_of_a_head_knows_of_no_other_method() -> None:
+    """Heads that were fitted when there was none stay what they are."""
+    from clha.stages.chain import nodes
+
+    node = next(n for n in nodes(settings()) if n.name == "fit_reward.train")
+    assert not {"method", "lora"} & set(node.settings) and node.packages == ("torch", "transformers")
+    tuned = next(n for n in nodes(lora_settings()) if n.name == "fit_reward.train")
+    assert tuned.settings["method"] == "lora" and "peft" in tuned.packages

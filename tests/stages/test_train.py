@@ -77,10 +77,13 @@ def test_the_result_is_a_plain_hugging_face_folder_with_metrics_events_and_a_car
     assert (model / "generation_config.json").is_file()
     assert str(home.root) not in (model / "config.json").read_text()
     assert "clha_shared_prompt" not in (model / "config.json").read_text()
+    assert not [f for f in artifact.folder.rglob("*") if f.suffix in (".bin", ".pt", ".pth", ".pkl")], "pickled"
     card = (model / "README.md").read_text()
     assert card.startswith("---\n") and "| prompts trained on | 8 |" in card and "| learning_rate |" in card
     rows = artifact.rows("metrics")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    # Without eval_steps, dev is measured once, at the end.
+    assert [row["eval_rewards/accuracies"] is not None for row in rows] == [False, False, False, True]
     assert list((artifact.folder / "tensorboard").glob("events.out.*"))
     assert (artifact.manifest["rows_in"], artifact.manifest["rows_out"]) == (PROMPTS, PROMPTS)
     steps = [e for e in events if e["event"] == "metrics"]
@@ -270,10 +273,17 @@ def test_the_learning_rate_rises_over_the_warm_up_and_falls_to_nothing(home: Hom
     assert rates == pytest.approx([0.0, 0.003, 0.006, 0.005, 0.004, 0.003, 0.002, 0.001])
 
 
-def test_a_run_that_diverges_stops_and_leaves_the_last_good_checkpoint(home: Home, tiny_model: Path):
-    """At this rate the weights overflow in the first step: the loss of the second is NaN."""
+def test_how_often_checkpoints_are_made_does_not_change_the_table_of_metrics(home: Home, tiny_model: Path):
+    """Four steps, logged every two and at the first: a checkpoint every three steps is made every four."""
     inputs = tables(home, AutoTokenizer.from_pretrained(tiny_model))
-    made = work(home, tiny_model, inputs, learning_rate=1e38, checkpoint_steps=1)
+    rows = train.build(work(home, tiny_model, inputs, logging_steps=2, checkpoint_steps=3)).rows("metrics")
+    assert [row["step"] for row in rows] == [1, 2, 4]
+
+
+def test_a_run_that_diverges_stops_and_leaves_the_last_good_checkpoint(home: Home, tiny_model: Path):
+    """The first step of the warm-up changes nothing; at the rate of the second the weights overflow."""
+    inputs = tables(home, AutoTokenizer.from_pretrained(tiny_model))
+    made = work(home, tiny_model, inputs, learning_rate=1e38, lr_schedule="linear", warmup_steps=1, checkpoint_steps=1)
     with pytest.raises(StageFailure) as caught:
         train.build(made)
     ids = {row["prompt_id"] for row in inputs["prepare"].rows("prompts")}

@@ -11,6 +11,7 @@ from transformers import (
     CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    GemmaConfig,
     GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
@@ -46,6 +47,7 @@ SHARING = {
     "qwen3": Qwen3Config(**SMALL, head_dim=16),
     "mistral": MistralConfig(**SMALL, sliding_window=None),
     "mistral with a window": MistralConfig(**SMALL, sliding_window=4),
+    "gemma": GemmaConfig(**SMALL, head_dim=16),
     "gemma2": Gemma2Config(
         **SMALL,
         head_dim=16,

@@ -1,6 +1,5 @@
-"""The trainer: one step however it is cut, exact resume, what stops it, what it reports."""
+"""The trainer: one step however it is cut, exact resume, what it reports, several processes."""
 
-import copy
 import json
 import math
 import os
@@ -15,11 +14,12 @@ import torch
 from training_cases import Prompts, config, distance, small_llama, trainer, weights
 from transformers import TrainerCallback
 
-from clha.errors import StageFailure, UserError
-from clha.training import checks, policy
+from clha.errors import UserError
+from clha.training import policy
 from clha.training.batches import pack
 from clha.training.checkpoints import is_complete, last_checkpoint
 from clha.training.export import metrics_table
+from clha.training.logprobs import sum_by_response
 from clha.training.metrics import metric_rows
 from clha.training.objectives import LOSSES, count, objective
 
@@ -59,11 +59,51 @@ def test_a_step_is_the_same_however_the_batch_is_cut(tmp_path: Path, one_step: t
     assert distance(got - start, one_step - start) < 1e-4
 
 
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "clha"])
+def test_a_step_of_every_loss_is_the_same_however_the_batch_is_cut(tmp_path: Path, loss: str):
+    """Eight prompts: in one piece, and as four times two within 60 tokens."""
+    settings = {"max_steps": 1, "optim": "sgd", "learning_rate": 0.1, "loss": loss, "data": Prompts(30, reference=True)}
+    settings["label_smoothing"] = 0.1 if loss in ("dpo_smoothed", "dpo_robust") else 0.0
+    one = trained(tmp_path, **settings)
+    cut = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "tokens_per_micro_batch": 60}
+    got = trained(tmp_path, **settings, **cut)
+    start = weights(small_llama())
+    assert distance(got, one) < 1e-5
+    assert distance(got - start, one - start) < 1e-4
+
+
 def test_reference_normalisation_is_per_micro_batch_and_does_depend_on_the_cut(tmp_path: Path, one_step: torch.Tensor):
     settings = {"max_steps": 1, "optim": "sgd", "learning_rate": 0.1, "normalization": "reference"}
     assert distance(trained(tmp_path, **settings), one_step) < 1e-6
     cut = trained(tmp_path, **settings, per_device_train_batch_size=2, gradient_accumulation_steps=4)
     assert distance(cut, one_step) > 1e-4
+
+
+def test_reference_normalisation_is_the_mean_of_the_micro_batches_own_losses(tmp_path: Path):
+    """Four micro-batches of two: w - 0.1 * the mean of the gradients of their losses, each taken by itself."""
+    from clha.training.loader import PromptSampler
+
+    cut = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "max_grad_norm": 0.0,
+        "weight_decay": 0.0,
+    }
+    settings = {"max_steps": 1, "optim": "sgd", "learning_rate": 0.1, "normalization": "reference", **cut}
+    made = trainer(tmp_path, **settings)
+    made.train()
+
+    model, data = small_llama(), Prompts(30)
+    start = weights(model)
+    policy.attach(model)
+    for indices in list(PromptSampler.of(made.args, len(data)))[:4]:
+        prompts = [data[i] for i in indices]
+        batch = pack(prompts)
+        sums = sum_by_response(policy.response_logps(model, batch), batch.target_cell, *batch.candidate_mask.shape)
+        parts = objective(sums, batch, count(prompts, data.max_candidates), **made.args.objective_settings())
+        (parts["total"] / 4).backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert distance(weights(made.model) - start, -0.1 * gradient) < 1e-4
 
 
 def test_reference_normalisation_meets_the_goldens(shared: Path):
@@ -101,6 +141,20 @@ def test_every_loss_trains_on_the_same_prompts(tmp_path: Path, loss: str):
     rows = metric_rows(made.state.log_history)
     assert len(rows) == 4 and all(math.isfinite(row["loss"]) for row in rows)
     assert math.isfinite(made.evaluate()["eval_loss"])
+
+
+def test_bf16_computes_in_bfloat16_over_float32_master_weights(tmp_path: Path):
+    losses, seen = [], set()
+    for bf16 in (False, True):
+        made = trainer(tmp_path, max_steps=2, bf16=bf16)
+        if bf16:
+            made.model.model.layers[0].mlp.gate_proj.register_forward_hook(lambda *given: seen.add(given[-1].dtype))
+        made.train()
+        losses.append([row["loss"] for row in metric_rows(made.state.log_history)])
+    assert seen == {torch.bfloat16}
+    assert {p.dtype for p in made.model.parameters()} == {torch.float32}
+    assert {state["exp_avg"].dtype for state in made.optimizer.state.values()} == {torch.float32}
+    assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[1] != losses[0]
 
 
 def test_an_epoch_shows_every_prompt_once_in_an_order_of_its_own(tmp_path: Path):
@@ -191,69 +245,9 @@ def test_a_half_written_checkpoint_is_recognised_and_the_one_before_is_taken(tmp
     assert found is not None and found.name == "checkpoint-6"
     assert said == ["checkpoint-9 is half-written; the one before it is taken"]
     (tmp_path / "checkpoint-6" / "complete.json").unlink()
-    assert last_checkpoint(tmp_path, said.append) is not found
-
-
-# -- what stops it -----------------------------------------------------------------------------------------------
-
-
-def test_a_nan_loss_stops_with_step_prompts_and_last_good_checkpoint(tmp_path: Path):
-    data = Prompts(8)
-    made = trainer(tmp_path, data=data, save_strategy="steps", save_steps=1, per_device_train_batch_size=4)
-
-    class Break(TrainerCallback):
-        def on_step_end(self, args, state, control, model=None, **_):
-            if state.global_step == 2:
-                with torch.no_grad():
-                    next(model.parameters())[:] = math.nan
-
-    made.add_callback(Break())
-    with pytest.raises(StageFailure, match=r"the loss is nan in step 3; prompts prompt-0-.*checkpoint-2"):
-        made.train()
-    assert not (tmp_path / "checkpoint-3").exists()
-
-
-def test_an_infinite_gradient_stops_before_the_weights_change(tmp_path: Path):
-    model = small_llama()
-    before = weights(model)
-    model.model.norm.weight.register_hook(lambda grad: grad * math.inf)
-    made = trainer(tmp_path, model=model)
-    with pytest.raises(StageFailure, match="the gradient norm is .* in step 1"):
-        made.train()
-    assert torch.equal(weights(model), before)
-
-
-def generated(model, prompts: Prompts, shift: float) -> Prompts:
-    """The same prompts with the model's own log-probabilities, `shift` nats off, as what a generator reported."""
-    policy.attach(model)
-    items = []
-    for prompt in prompts.items:
-        batch = pack([prompt])
-        with torch.no_grad():
-            logps = policy.response_logps(model, batch)
-        own = [logps[batch.target_cell == k].numpy() + shift for k in range(len(prompt))]
-        items.append(type(prompt)(**(vars(prompt) | {"generator_logps": own})))
-    out = copy.copy(prompts)
-    out.items = items
-    return out
-
-
-def test_the_generators_log_probabilities_are_compared_before_the_first_step(tmp_path: Path):
-    model = small_llama().eval()
-    made = trainer(tmp_path, model=model, data=generated(model, Prompts(8), 0.0), max_steps=1)
-    made.train()
-    assert any("differ from the generator's by" in note for note in made.notes)
-    model = small_llama().eval()
-    made = trainer(tmp_path, model=model, data=generated(model, Prompts(8), 0.3), max_steps=1)
-    before = weights(model)
-    with pytest.raises(UserError, match=r"differ from the generator's by 0\.3 .*logprob_tolerance"):
-        made.train()
-    assert torch.equal(weights(model), before)
-
-
-def test_responses_that_were_not_generated_are_not_compared():
-    line = checks.check_generator_logps(torch.zeros(3), torch.full((3,), math.nan), 0.05)
-    assert "not compared" in line
+    found = last_checkpoint(tmp_path, said.append)
+    assert found is not None and found.name == "checkpoint-3"
+    assert said[1:] == ["checkpoint-6 is half-written; the one before it is taken"]
 
 
 # -- what it reports ---------------------------------------------------------------------------------------------
@@ -280,6 +274,26 @@ def test_evaluation_is_over_the_whole_set_whatever_the_batch(tmp_path: Path):
     two = trainer(tmp_path, model=model, per_device_eval_batch_size=2, tokens_per_micro_batch=50).evaluate()
     for name in ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"):
         assert one[name] == pytest.approx(two[name], rel=1e-5)
+
+
+def test_other_datasets_are_evaluated_as_by_any_trainer_one_or_by_name(tmp_path: Path):
+    """Prompts with more responses than the trainer knew of, too."""
+    few = Prompts(9, 2)
+    few.items, few.max_candidates = [p for p in few.items if len(p) == 2], 2
+    made = trainer(tmp_path, data=few, evaluation={"one": few, "other": Prompts(7, 1)}, max_steps=1)
+    named = made.evaluate()
+    assert made.evaluate(Prompts(7, 1))["eval_loss"] == pytest.approx(named["eval_other_loss"], rel=1e-6)
+    assert made.evaluate(few)["eval_loss"] == pytest.approx(named["eval_one_loss"], rel=1e-6)
+    assert named["eval_one_loss"] != named["eval_other_loss"]
+
+
+def test_after_training_a_dataset_without_a_reference_cannot_be_evaluated_with_dpo(tmp_path: Path):
+    made = trainer(tmp_path, max_steps=1, loss="dpo")
+    assert made.evaluate(Prompts(5, 4))["eval_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    made.train()
+    assert made.evaluate()["eval_loss"] != pytest.approx(math.log(2), abs=1e-5)
+    with pytest.raises(UserError, match="before training"):
+        made.evaluate(Prompts(5, 4))
 
 
 def test_the_best_checkpoint_by_held_out_accuracy_is_loaded_and_training_stops_early(tmp_path: Path):

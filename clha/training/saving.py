@@ -1,0 +1,100 @@
+"""What a trainer writes and uploads: checkpoints that are whole, and no pickle but a checkpoint's own states."""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import PushInProgress
+
+from clha.training.checkpoints import last_checkpoint, mark_complete
+
+_LOG = logging.getLogger(__name__)
+# What only resuming needs: optimizer, scheduler and random states are pickled, the rest says nothing about the model.
+_FOR_RESUMING = (
+    "*.pt",
+    "*.pth",
+    "*.bin",
+    "trainer_state.json",
+    "*complete.json",
+    "*_fsdp_*",
+    "optimizer_*",
+    "README.md",
+)
+
+
+class LogWhereSaved(TrainerCallback):
+    """A checkpoint holds no half of a log interval: what a run measured does not depend on where it was resumed."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_log |= control.should_save
+
+    on_epoch_end = on_step_end
+
+
+class SavingTrainer(Trainer):
+    """A Trainer that marks whole checkpoints, resumes from those only, and leaves no pickled arguments."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(LogWhereSaved())
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As any Trainer's; with `resume_from_checkpoint=True` a half-written checkpoint is removed, in one line."""
+        if resume_from_checkpoint is True:
+            with self.args.main_process_first(local=False, desc="looking for checkpoints"):
+                found = last_checkpoint(Path(self.args.output_dir or "."), _LOG.warning)
+            if found is None:
+                raise ValueError(
+                    f"no complete checkpoint in {self.args.output_dir}; train without resume_from_checkpoint"
+                )
+            resume_from_checkpoint = str(found)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        Path(output_dir or self.args.output_dir or ".", TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            mark_complete(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Upload a checkpoint's model, as `hub_strategy` says; transformers' own would add pickled arguments.
+
+        `hub_strategy` "checkpoint" and "all_checkpoints" ask for the states as well, in a folder of their own.
+        """
+        args, checkpoint = self.args, Path(checkpoint_folder)
+        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+            return
+        running: Any = self.push_in_progress
+        if running is not None and not running.is_done() and not args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        # From a copy: the checkpoint itself may be removed while it is uploaded.
+        folder = Path(args.output_dir or ".")
+        shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(*_FOR_RESUMING), dirs_exist_ok=True)
+        message = f"Training in progress, step {self.state.global_step}"
+        common: dict[str, Any] = {
+            "repo_id": self.hub_model_id,
+            "token": args.hub_token,
+            "revision": args.hub_revision,
+            "run_as_future": True,
+        }
+        upload: Any = HfApi().upload_folder
+        skipped = ["_*", "checkpoint-*", TRAINING_ARGS_NAME]
+        jobs: Any = [upload(folder_path=folder, commit_message=message, ignore_patterns=skipped, **common)]
+        names = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: checkpoint.name}
+        if args.hub_strategy in names:
+            into = {"path_in_repo": names[HubStrategy(args.hub_strategy)], "commit_message": f"{message}, checkpoint"}
+            jobs.append(upload(folder_path=checkpoint, **into, **common))
+        if running is not None and not running.is_done():
+            running.jobs.extend(jobs)
+        else:
+            self.push_in_progress = PushInProgress(jobs)  # type: ignore[assignment]

@@ -1,0 +1,91 @@
+"""What stops a training run: losses, gradients and weights that are not finite, and candidates of another policy."""
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from training_cases import Prompts, small_llama, trainer, weights
+from transformers import TrainerCallback
+
+from clha.errors import StageFailure, UserError
+from clha.training import checks, policy
+from clha.training.batches import pack
+
+
+def test_a_nan_loss_stops_with_step_prompts_and_last_good_checkpoint(tmp_path: Path):
+    data = Prompts(8)
+    made = trainer(tmp_path, data=data, save_strategy="steps", save_steps=1, per_device_train_batch_size=4)
+
+    class Break(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **_):
+            if state.global_step == 2:
+                with torch.no_grad():
+                    next(model.parameters())[:] = math.nan
+
+    made.add_callback(Break())
+    with pytest.raises(StageFailure, match=r"the loss is nan in step 3; prompts prompt-0-.*checkpoint-2"):
+        made.train()
+    assert not (tmp_path / "checkpoint-3").exists()
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_weights_that_an_update_spoilt_never_become_a_checkpoint(tmp_path: Path, value: float):
+    made = trainer(tmp_path, save_strategy="steps", save_steps=1)
+
+    class Spoil(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, model=None, **_):
+            if state.global_step == 1:
+                with torch.no_grad():
+                    model.lm_head.weight[5, 3] = value
+
+    made.add_callback(Spoil())
+    with pytest.raises(
+        StageFailure, match=rf"a weight is {'nan' if math.isnan(value) else 'inf'} in step 2; .*: checkpoint-1;"
+    ):
+        made.train()
+    assert not (tmp_path / "checkpoint-2").exists()
+
+
+def test_an_infinite_gradient_stops_before_the_weights_change(tmp_path: Path):
+    model = small_llama()
+    before = weights(model)
+    model.model.norm.weight.register_hook(lambda grad: grad * math.inf)
+    made = trainer(tmp_path, model=model)
+    with pytest.raises(StageFailure, match="the gradient norm is .* in step 1"):
+        made.train()
+    assert torch.equal(weights(model), before)
+
+
+def generated(model, prompts: Prompts, shift: float) -> Prompts:
+    """The same prompts with the model's own log-probabilities, `shift` nats off, as what a generator reported."""
+    policy.attach(model)
+    items = []
+    for prompt in prompts.items:
+        batch = pack([prompt])
+        with torch.no_grad():
+            logps = policy.response_logps(model, batch)
+        own = [logps[batch.target_cell == k].numpy() + shift for k in range(len(prompt))]
+        items.append(type(prompt)(**(vars(prompt) | {"generator_logps": own})))
+    out = copy.copy(prompts)
+    out.items = items
+    return out
+
+
+def test_the_generators_log_probabilities_are_compared_before_the_first_step(tmp_path: Path):
+    model = small_llama().eval()
+    made = trainer(tmp_path, model=model, data=generated(model, Prompts(8), 0.0), max_steps=1)
+    made.train()
+    assert any("differ from the generator's by" in note for note in made.notes)
+    model = small_llama().eval()
+    made = trainer(tmp_path, model=model, data=generated(model, Prompts(8), 0.3), max_steps=1)
+    before = weights(model)
+    with pytest.raises(UserError, match=r"differ from the generator's by 0\.3 .*logprob_tolerance"):
+        made.train()
+    assert torch.equal(weights(model), before)
+
+
+def test_responses_that_were_not_generated_are_not_compared():
+    line = checks.check_generator_logps(torch.zeros(3), torch.full((3,), math.nan), 0.05)
+    assert "not compared" in line

@@ -1,0 +1,236 @@
+"""What the trainer writes and would upload: whole checkpoints, and no pickle but a checkpoint's own states."""
+
+import logging
+import pickletools
+import shutil
+import zipfile
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from huggingface_hub import HfApi, ModelCard, RepoUrl
+from huggingface_hub.utils import filter_repo_objects
+from training_cases import Prompts, config, small_llama, trainer, weights
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
+
+from clha import ClhaConfig, ClhaTrainer
+from clha.training import checkpoints
+from clha.training.checkpoints import is_complete, last_checkpoint, mark_complete
+from clha.training.metrics import metric_rows
+
+STEPS = {"save_strategy": "steps", "save_steps": 2}
+
+
+def pickled(folder: Path, names: list[str]) -> list[str]:
+    """Those of the files that hold a pickle, whatever their names say."""
+    return [name for name in names if _is_pickle(folder / name)]
+
+
+def _is_pickle(path: Path) -> bool:
+    if zipfile.is_zipfile(path):  # torch.save
+        return any(name.endswith(".pkl") for name in zipfile.ZipFile(path).namelist())
+    try:
+        return any(op.name == "STOP" for op, *_ in pickletools.genops(path.read_bytes()))
+    except ValueError:
+        return False
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+class Hub:
+    """Stands where huggingface_hub would send: keeps which files each upload would carry, and which hold a pickle."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.uploads: list[dict[str, Any]] = []
+        patch.setattr(HfApi, "create_repo", lambda _, name, **__: RepoUrl(_address(name)))
+        patch.setattr(HfApi, "upload_folder", lambda _, **given: self.upload(**given))
+
+    def upload(self, *, folder_path: Any, run_as_future: bool, ignore_patterns: Any = None, **others: Any) -> Any:
+        folder = Path(folder_path)
+        names = list(filter_repo_objects(files(folder), ignore_patterns=ignore_patterns))
+        self.uploads.append({"names": set(names), "pickled": pickled(folder, names), "folder": folder, **others})
+        done: Future[str] = Future()
+        done.set_result("commit")
+        return done if run_as_future else "commit"
+
+
+def _address(name: str) -> str:
+    return f"https://huggingface.co/{name if '/' in name else f'me/{name}'}"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
+    return Hub(monkeypatch)
+
+
+def on_pairs(tiny_model: Path, folder: Path, **settings: Any) -> ClhaTrainer:
+    rows = [{"prompt": f"{i} and", "chosen": f" {i + 1}", "rejected": " nothing at all"} for i in range(8)]
+    args = {"max_steps": 4, "report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+    return ClhaTrainer(
+        model=AutoModelForCausalLM.from_pretrained(tiny_model, dtype="float32"),
+        args=ClhaConfig(output_dir=str(folder), learning_rate=1e-3, **(args | settings)),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(tiny_model),
+    )
+
+
+MODEL = {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"}
+
+
+def test_the_files_that_hold_a_pickle_are_found(tmp_path: Path):
+    torch.save({"a": torch.zeros(2)}, tmp_path / "zip.safetensors")
+    torch.save({"a": torch.zeros(2)}, tmp_path / "old.safetensors", _use_new_zipfile_serialization=False)
+    (tmp_path / "text.bin").write_text("{}")
+    assert pickled(tmp_path, files(tmp_path)) == ["old.safetensors", "zip.safetensors"]
+
+
+def test_what_is_pushed_is_a_model_that_loads_with_its_tokenizer_and_card(tiny_model: Path, tmp_path: Path, hub: Hub):
+    made = on_pairs(tiny_model, tmp_path / "named", **STEPS)
+    made.train()
+    assert made.push_to_hub() == "commit"
+    (upload,) = hub.uploads
+    assert upload["names"] >= MODEL | {"README.md"} and upload["repo_id"] == "me/named"
+    assert upload["pickled"] == [] and not any(name.startswith("checkpoint-") for name in upload["names"])
+    loaded = AutoModelForCausalLM.from_pretrained(upload["folder"])
+    assert torch.equal(weights(loaded), weights(made.model))
+    assert "clha_shared_prompt" not in (upload["folder"] / "config.json").read_text()
+    card = ModelCard.load(upload["folder"] / "README.md")
+    assert card.data.model_name == "named" and "learning_rate: 0.001" in card.text
+
+
+@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
+def test_while_training_goes_on_states_are_pushed_only_where_the_strategy_asks_for_them(
+    tiny_model: Path, tmp_path: Path, hub: Hub, strategy: str
+):
+    settings = {"push_to_hub": True, "hub_strategy": strategy, "hub_model_id": "me/model"}
+    made = on_pairs(tiny_model, tmp_path / "out", **STEPS, **settings)
+    made.train()
+    models = [upload for upload in hub.uploads if "path_in_repo" not in upload]
+    states = [upload for upload in hub.uploads if "path_in_repo" in upload]
+    assert len(models) == (0 if strategy == "end" else 2)
+    for upload in models:
+        assert upload["names"] >= MODEL and upload["pickled"] == []
+        assert not {"trainer_state.json", "complete.json"} & upload["names"]
+    wanted = {"checkpoint": ["last-checkpoint"] * 2, "all_checkpoints": ["checkpoint-2", "checkpoint-4"]}
+    assert [upload["path_in_repo"] for upload in states] == wanted.get(strategy, [])
+    assert all("optimizer.pt" in upload["names"] for upload in states)
+    assert torch.equal(
+        weights(AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-4")), weights(made.model)
+    )
+
+
+def test_the_result_folder_holds_no_pickle(tiny_model: Path, tmp_path: Path):
+    made = on_pairs(tiny_model, tmp_path / "out", **STEPS)
+    made.train()
+    made.save_model(str(tmp_path / "saved"))
+    assert set(files(tmp_path / "saved")) >= MODEL
+    assert pickled(tmp_path / "saved", files(tmp_path / "saved")) == []
+    checkpoint = tmp_path / "out" / "checkpoint-4"
+    assert pickled(checkpoint, files(checkpoint)) == ["optimizer.pt", "rng_state.pth", "scheduler.pt"]
+
+
+def test_an_adapter_is_saved_alone_and_can_be_merged_into_its_model(tmp_path: Path):
+    from peft import LoraConfig
+
+    made = ClhaTrainer(
+        small_llama(), config(tmp_path), train_dataset=Prompts(8), peft_config=LoraConfig(target_modules=["q_proj"])
+    )
+    made.train()
+    ids = torch.randint(0, 99, (1, 9))
+    want = made.model.eval()(input_ids=ids).logits
+    made.save_model(str(tmp_path / "adapter"))
+    names = files(tmp_path / "adapter")
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(names) and "model.safetensors" not in names
+    assert pickled(tmp_path / "adapter", names) == []
+    made.model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(loaded.eval()(input_ids=ids).logits, want, atol=1e-5, rtol=0)
+
+
+# -- half-written checkpoints ------------------------------------------------------------------------------------
+
+
+def zero_tail(path: Path, kept: int) -> None:
+    """The right size, but zeros from byte `kept` on: what a crash leaves where nothing was flushed."""
+    size = path.stat().st_size
+    with open(path, "rb+") as f:
+        f.truncate(kept)
+        f.truncate(size)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
+def test_a_file_of_the_right_size_whose_end_is_zeros_is_half_written(tmp_path: Path, name: str):
+    made = trainer(tmp_path, **STEPS)
+    made.train()
+    path = tmp_path / "checkpoint-4" / name
+    zero_tail(path, path.stat().st_size - 200)
+    said: list[str] = []
+    found = last_checkpoint(tmp_path, said.append)
+    assert found == tmp_path / "checkpoint-2"
+    assert said == ["checkpoint-4 is half-written; the one before it is taken"]
+
+
+def test_of_a_large_file_samples_are_looked_at_its_end_among_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """64 pieces of 16 bytes out of 10,000: starts 0, 158, 316, ... 9984. Between two of them nothing is seen."""
+    monkeypatch.setattr(checkpoints, "_PIECE", 16)
+    path = tmp_path / "large"
+    for changed_at, whole in ((0, False), (158, False), (9983, True), (9984, False), (9999, False), (100, True)):
+        data = bytearray(b"x" * 10_000)
+        path.write_bytes(data)
+        mark_complete(tmp_path)
+        data[changed_at] = 0
+        path.write_bytes(data)
+        assert is_complete(tmp_path) is whole, changed_at
+
+
+def test_resuming_alone_passes_over_a_half_written_checkpoint_in_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    whole = trainer(tmp_path / "whole", **STEPS)
+    whole.train()
+    trainer(tmp_path / "run", **STEPS).train()
+    zero_tail(tmp_path / "run" / "checkpoint-4" / "model.safetensors", 5000)
+    with caplog.at_level(logging.WARNING, logger="clha.training"):
+        again = trainer(tmp_path / "run", **STEPS)
+        again.train(resume_from_checkpoint=True)
+    assert [r.getMessage() for r in caplog.records if r.name.startswith("clha.")] == [
+        "checkpoint-4 is half-written; the one before it is taken"
+    ]
+    assert torch.equal(weights(again.model), weights(whole.model))
+    assert is_complete(tmp_path / "run" / "checkpoint-4")
+
+
+def test_a_checkpoint_between_two_logs_loses_no_metrics(tmp_path: Path):
+    """Logs every 2 steps, a checkpoint after 3: the steps are logged there as well, so that the table is the same."""
+    settings = {"max_steps": 6, "logging_steps": 2, "save_strategy": "steps", "save_steps": 3}
+    whole = trainer(tmp_path / "run", **settings)
+    whole.train()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    again = trainer(tmp_path / "run", **settings)
+    again.train(resume_from_checkpoint=True)
+    ours, theirs = (metric_rows(made.state.log_history) for made in (again, whole))
+    assert [row["step"] for row in ours] == [2, 3, 4, 6]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert {k: v for k, v in mine.items() if "perf/" not in k} == {
+            k: v for k, v in other.items() if "perf/" not in k
+        }
+
+
+def test_resuming_alone_without_a_whole_checkpoint_says_so(tmp_path: Path):
+    with pytest.raises(ValueError, match="no complete checkpoint in .*; train without resume_from_checkpoint"):
+        trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_alone_too_an_architecture_that_cannot_share_is_told_in_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    model = BloomForCausalLM(BloomConfig(vocab_size=99, hidden_size=64, n_layer=2, n_head=4))
+    with caplog.at_level(logging.WARNING, logger="clha.training"):
+        trainer(tmp_path, model=model)
+    (line,) = [r.getMessage() for r in caplog.records if r.name.startswith("clha.")]
+    assert line.startswith("BloomForCausalLM: prompts are not shared") and "\n" not in line
