@@ -14,7 +14,7 @@ from clha.rewards.head import WEIGHTS, fitted_config, load_head
 from clha.rewards.interface import Done, RewardScorer, Scored, one_member, torch_dtype
 from clha.rewards.scoring import Padding, lengths_mask, padded, run_batches
 from clha.rewards.texts import Encoded, RewardInput, encode_all, text_encoder
-from clha.settings import RewardModel
+from clha.settings_rewards import RewardModel
 
 
 class EncoderHead:

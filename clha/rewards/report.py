@@ -21,7 +21,7 @@ from clha.rewards.fitting import (
     wilson_interval,
 )
 from clha.rewards.head import Head
-from clha.settings import RewardFit
+from clha.settings_rewards import RewardFit
 
 Floats = NDArray[np.float64]
 

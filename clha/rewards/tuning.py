@@ -28,7 +28,7 @@ from clha.rewards.head import OWN_CONFIG
 from clha.rewards.report import cross_calibrated, judgement
 from clha.rewards.scoring import is_out_of_memory, length_batches
 from clha.rewards.texts import Encoded
-from clha.settings import RewardFit, RewardLora
+from clha.settings_rewards import RewardFit, RewardLora
 from clha.store import write_atomic
 
 Floats = NDArray[np.float64]

@@ -13,7 +13,8 @@ from clha.errors import UserError
 from clha.models import resolve_model
 from clha.runs import Run
 from clha.schema import SCHEMA_VERSION
-from clha.settings import RewardFit, RewardModel, Settings
+from clha.settings import Settings
+from clha.settings_rewards import RewardFit, RewardModel
 from clha.sources.files import source_digest, weights_file_digest
 from clha.stages import evaluate, fit_reward, generate, prepare, rescore, train
 from clha.store import Artifact, Home, kind_of

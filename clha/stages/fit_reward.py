@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from clha.rewards.texts import RewardInput
-    from clha.settings import RewardFit
+    from clha.settings_rewards import RewardFit
     from clha.stages.work import Work
 
 CODE_VERSION = {"fit_reward": 3}
