@@ -138,6 +138,6 @@ def _resolve_paths(tree: Any, folder: Path, model: type[BaseModel] | None = None
 
 
 def _resolved(value: Any, folder: Path) -> Any:
-    if not isinstance(value, str) or value.startswith(NOT_PATHS):
+    if not isinstance(value, str) or value.startswith(NOT_PATHS) or "\0" in value:  # the last is no setting's value
         return value
     return str((folder / os.path.expanduser(value)).resolve())  # Path's own raises for a user who does not exist

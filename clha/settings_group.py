@@ -42,6 +42,14 @@ class Group(BaseModel):
             raise ValueError("must be a whole number" if int in numbers else "must be a number")
         return value
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_null_character(cls, value: Any) -> Any:
+        """No file name and no text of a setting can hold one."""
+        if any(isinstance(v, str) and "\0" in v for v in (value if isinstance(value, list) else [value])):
+            raise ValueError("holds a null character")
+        return value
+
     def key_settings(self, *without: str) -> dict[str, Any]:
         """The settings that belong to a key, as plain JSON values; `without` names fields to leave out."""
         out: dict[str, Any] = {}

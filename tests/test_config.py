@@ -157,6 +157,8 @@ def test_paths_are_taken_from_where_they_are_written(file: Path, tmp_path: Path)
         ("prepare.path=[]", r"`prepare.path`: must be text or a list of at least 1 .it is \[\]"),
         ("prepare.path=3", "`prepare.path`: must be text or a list .it is 3"),
         ("prepare.path=[a, 1]", r"`prepare.path.1`: must be text .it is 1"),
+        (r'prepare.path="a\0b"', "`prepare.path`: holds a null character"),
+        (r'generate.stop=["\0"]', "`generate.stop`: holds a null character"),
         ("rescore.reward.members=[{type: x}]", "`rescore.reward.members.0.type`: must be 'fitted', "),
         ("rescore.reward.members=[{tpye: x}]", "unknown key `rescore.reward.members.0.tpye`; did you mean `type`"),
         ("policy={1: 2}", "`policy.1`: must be text, as every key"),
