@@ -10,7 +10,8 @@ from pydantic import BaseModel, ValidationError
 
 from clha.errors import UserError
 from clha.mistakes import explain, group_in, nearest
-from clha.settings import NOT_PATHS, Settings, marked
+from clha.settings import Settings
+from clha.settings_group import NOT_PATHS, marked
 
 
 def load_settings(

@@ -4,77 +4,12 @@ Fields marked `execution(...)` say how the work is done, not what comes out: the
 those marked `place(...)`, files and folders: their content enters the key by its digest.
 """
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, model_validator
 
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(gt=0)]
-DType = Literal["float32", "bfloat16", "float16"]
-
-# What a setting that names a place can begin with instead of being a path.
-NOT_PATHS = ("hub:", "bundled:")
-
-
-def execution(default: Any, **limits: Any) -> Any:
-    """A field that must not change results and therefore stays out of the key."""
-    return Field(default, json_schema_extra={"execution": True}, **limits)
-
-
-def place(default: Any) -> Any:
-    """A file or folder, or a list of them: a relative path is taken from where it was written; not in the key."""
-    return Field(default, json_schema_extra={"execution": True, "place": True})
-
-
-def marked(field: Any, mark: str) -> bool:
-    """Whether a pydantic field carries the mark `execution` or `place`."""
-    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get(mark))
-
-
-class Group(BaseModel):
-    """A group of settings: unknown keys are errors, values cannot be changed after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
-        """Python takes true for 1; whoever writes it where a number stands means something else."""
-        truths = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, bool)]
-        numbers = _types(cls.model_fields[info.field_name or ""].annotation) if truths else set()
-        if numbers & {int, float} and bool not in numbers:
-            raise ValueError("must be a whole number" if int in numbers else "must be a number")
-        return value
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_null_character(cls, value: Any) -> Any:
-        """No file name and no text of a setting can hold one."""
-        if any(isinstance(v, str) and "\0" in v for v in (value if isinstance(value, list) else [value])):
-            raise ValueError("holds a null character")
-        return value
-
-    def key_settings(self, *without: str) -> dict[str, Any]:
-        """The settings that belong to a key, as plain JSON values; `without` names fields to leave out."""
-        out: dict[str, Any] = {}
-        for name, field in type(self).model_fields.items():
-            if name in without or marked(field, "execution"):
-                continue
-            value = getattr(self, name)
-            if isinstance(value, Group):
-                out[name] = value.key_settings()
-            elif isinstance(value, list) and value and all(isinstance(v, Group) for v in value):
-                out[name] = [v.key_settings() for v in value]
-            else:
-                out[name] = self.model_dump(mode="json", include={name})[name]
-        return out
-
-
-def _types(annotation: Any) -> set[type]:
-    """The plain types that an annotation is made of: {int, NoneType} of `Positive | None`."""
-    if isinstance(annotation, type) and not get_args(annotation):
-        return {annotation}
-    return {t for inner in get_args(annotation) for t in _types(inner)}
+from clha.settings_group import DType, Group, Positive, Share, execution, place
+from clha.settings_rewards import FitReward, RewardModel
 
 
 class Policy(Group):
@@ -125,61 +60,6 @@ class Prepare(Group):
     limits: Limits = Limits()
     shard_size: Positive = 50_000  # prompts in one file of the output
     max_quarantined: Share = execution(0.1)
-
-
-class RewardFit(Group):
-    """A Bradley-Terry head on the frozen features of an encoder, fitted on the pairs of one split."""
-
-    encoder: str = place(...)
-    layer: int | None = None  # hidden layer whose states are pooled; null: the last
-    pooling: Literal["response_mean", "mean"] = "response_mean"
-    max_tokens: Positive = 512
-    l2: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
-    folds: Annotated[int, Field(ge=2)] = 5
-    sft_quantile: Share = 0.25
-    # Heads fitted on bootstrap samples of the dialogues, whose disagreement rescoring can use; 1: one head on all.
-    members: Positive = 1
-    seed: int = 0
-    shard_size: Positive = execution(128)  # responses in one file of their features
-    max_quarantined: Share = execution(0.1)
-    tokens_per_batch: Positive = execution(4096)
-
-
-class FitReward(Group):
-    """The reward model that rescoring uses and the one that only evaluation ever sees."""
-
-    train: RewardFit
-    eval: RewardFit
-
-
-class RewardModel(Group):
-    """A reward model: `fitted` is what fit_reward makes, `ensemble` is several, `server` a vLLM pooling server."""
-
-    type: Literal["fitted", "sequence_classification", "gpt_neox_reward_model", "server", "ensemble"] = "fitted"
-    model: str | None = place(None)
-    url: str | None = execution(None)  # of the server, which has `model`; the key comes from VLLM_API_KEY
-    members: list["RewardModel"] = []  # of the ensemble
-    scale: Annotated[float, Field(gt=0)] = 1.0  # what a member's rewards are multiplied by
-    max_tokens: Positive = 1024
-    dtype: DType = "float32"
-    tokens_per_batch: Positive = execution(4096)
-
-    @model_validator(mode="after")
-    def _model(self) -> "RewardModel":
-        if (self.type in ("fitted", "ensemble")) != (self.model is None):
-            raise ValueError("model must be given for every type but `fitted` and `ensemble`, and only there")
-        if (self.type == "server") != (self.url is not None):
-            raise ValueError("url must be given for type `server`, and only there")
-        if (self.type == "ensemble") != bool(self.members):
-            raise ValueError("members must be given for type `ensemble`, and only there")
-        if any(m.type == "ensemble" for m in self.members):
-            raise ValueError("an ensemble cannot be a member of an ensemble: list its members")
-        return self
-
-    @property
-    def uses_fitted(self) -> bool:
-        """Whether it is, or has a member, that fit_reward makes."""
-        return self.type == "fitted" or any(m.type == "fitted" for m in self.members)
 
 
 class Engine(Group):

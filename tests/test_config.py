@@ -133,6 +133,14 @@ def test_paths_are_taken_from_where_they_are_written(file: Path, tmp_path: Path)
         ("train.sharding=full_shard", "sharding full_shard needs processes above 1"),
         ("train.label_smoothing=0.1", "label_smoothing needs loss dpo_smoothed or dpo_robust, it is clha"),
         ("train.lora.rnak=4", "unknown key `train.lora.rnak`; did you mean `rank`"),
+        (
+            "fit_reward={train: {encoder: e, method: x}, eval: {encoder: e}}",
+            "`fit_reward.train.method`: must be 'head'",
+        ),
+        (
+            "fit_reward={train: {encoder: e, method: lora, members: 3}, eval: {encoder: e}}",
+            "members is 3, but method lora",
+        ),
         ("policy=null", "`policy`: must be a mapping of settings .it is null"),
         ("policy.model=3", "`policy.model`: must be text .it is 3"),
         ("train.lora=3", "`train.lora`: must be a mapping of settings .it is 3"),

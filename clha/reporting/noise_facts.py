@@ -100,9 +100,10 @@ def _reward_model(nodes: Nodes) -> dict[str, Any] | None:
     if "fit_reward.train" not in nodes:
         return None
     fit = read_json(nodes["fit_reward.train"], "fit.json")
-    names = ("accuracy", "accuracy_interval", "pairs", "agreement_between_halves", "length_bias")
+    names = ("accuracy", "accuracy_interval", "pairs", "length_bias")
     calibration = {when: fit["calibration"][when] for when in ("before", "after")}
-    return {name: fit[name] for name in names} | {"calibration": calibration}
+    halves = fit.get("agreement_between_halves")  # of linear heads only
+    return {name: fit[name] for name in names} | {"agreement_between_halves": halves, "calibration": calibration}
 
 
 def _judge(nodes: Nodes) -> dict[str, Any] | None:
@@ -171,11 +172,13 @@ def _pair_lines(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _model_lines(model: Mapping[str, Any]) -> list[tuple[str, str]]:
     low, high = model["accuracy_interval"]
     before, after = model["calibration"]["before"], model["calibration"]["after"]
+    agreement = model["agreement_between_halves"]
+    halves = "" if agreement is None else f"; two halves agree at {number(agreement, 2)}"
     return [
         (
             "reward model",
             f"{percent(model['accuracy'], 1)} [{percent(low, 1)}, {percent(high, 1)}] of {model['pairs']} held-out "
-            f"pairs right; two halves agree at {number(model['agreement_between_halves'], 2)}",
+            f"pairs right{halves}",
         ),
         (
             "calibration",

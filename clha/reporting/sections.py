@@ -23,6 +23,7 @@ from clha.reporting.tables import (
     split_counts,
 )
 from clha.reporting.text import literal, number, percent
+from clha.rewards.head import fitted_config
 from clha.runs import Run
 from clha.schema import SPLITS
 from clha.store import Artifact
@@ -224,7 +225,7 @@ def reward_section(nodes: Nodes) -> Section | None:
         if node not in nodes:
             continue
         fit = read_json(nodes[node], "fit.json")
-        config = read_json(nodes[node], "reward_model/config.json")
+        config = fitted_config(nodes[node].folder / "reward_model")
         length = length_note(fit["length_bias"]["correlation"])
         cards.append({"title": title, "use": use, "fit": fit, "config": config, "length": length})
         bins[title.lower()] = fit["calibration"]

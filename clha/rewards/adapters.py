@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from clha.errors import UserError
 from clha.rewards.features import FrozenEncoder
-from clha.rewards.head import load_head
+from clha.rewards.head import WEIGHTS, fitted_config, load_head
 from clha.rewards.interface import Done, RewardScorer, Scored, one_member, torch_dtype
 from clha.rewards.scoring import Padding, lengths_mask, padded, run_batches
-from clha.rewards.texts import RewardInput, encode_all, text_encoder
-from clha.settings import RewardModel
+from clha.rewards.texts import Encoded, RewardInput, encode_all, text_encoder
+from clha.settings_rewards import RewardModel
 
 
 class EncoderHead:
@@ -53,42 +53,58 @@ class SequenceClassification:
 
         self.padding = Padding()
         self._tokens = settings.tokens_per_batch
-        self._device = torch.device(device)
         self._texts = text_encoder(model, settings.max_tokens, closed=True)
         self._model: Any = AutoModelForSequenceClassification.from_pretrained(model, dtype=torch_dtype(settings.dtype))
         outputs = int(self._model.config.num_labels)
         if outputs != 1:
             raise UserError(f"reward model {model}: has {outputs} outputs, a reward model has one")
-        self._model.to(self._device).eval()
+        self._model.to(torch.device(device)).eval()
 
     def score(self, inputs: Sequence[RewardInput], progress: Done | None = None) -> Scored:
         places, encoded, problems = encode_all(self._texts, inputs)
-        pad = self._free_pad_id([e.ids for e in encoded])
-        self._model.config.pad_token_id = pad
-
-        def run(rows: Sequence[int]) -> list[NDArray[np.float64]]:
-            ids = [encoded[i].ids for i in rows]
-            mask = lengths_mask(ids, self._device)
-            logits: torch.Tensor = self._model(input_ids=padded(ids, pad, self._device), attention_mask=mask).logits
-            return list(logits.double().cpu().numpy())
-
-        out = run_batches(
-            [len(e.ids) for e in encoded],
-            run,
+        rewards = classifier_rewards(
+            self._model,
+            encoded,
+            self._texts.pad_id,
             tokens_per_batch=self._tokens,
             padding=self.padding,
             progress=progress,
         )
-        return one_member(len(inputs), places, encoded, np.array(out).reshape(-1), problems)
+        return one_member(len(inputs), places, encoded, rewards, problems)
 
-    def _free_pad_id(self, sequences: Sequence[Sequence[int]]) -> int:
-        """The ID that fills up batches. A decoder's score is that of the last token that is no padding, so where the
-        padding token may end a text, as EOS does, another one is taken that no text holds."""
-        pad = self._texts.pad_id
-        if not any(s[-1] == pad for s in sequences):
-            return pad
-        present = set().union(*sequences)
-        return next(i for i in range(self._model.config.vocab_size) if i not in present)
+
+def classifier_rewards(
+    model: Any,
+    encoded: Sequence[Encoded],
+    pad_id: int,
+    *,
+    tokens_per_batch: int,
+    padding: Padding | None = None,
+    progress: Done | None = None,
+) -> NDArray[np.float64]:
+    """Rewards [N] of a sequence classifier with one output; `pad_id` is the padding token of its tokenizer."""
+
+    def run(rows: Sequence[int]) -> list[NDArray[np.float64]]:
+        logits = classifier_logits(model, [encoded[i].ids for i in rows], pad_id)
+        return list(logits.double().cpu().numpy())
+
+    lengths = [len(e.ids) for e in encoded]
+    out = run_batches(lengths, run, tokens_per_batch=tokens_per_batch, padding=padding, progress=progress)
+    return np.array(out).reshape(-1)
+
+
+def classifier_logits(model: Any, ids: Sequence[Sequence[int]], pad_id: int) -> torch.Tensor:
+    """The outputs (B, 1) of a sequence classifier for a batch of token IDs."""
+    # A decoder's score is that of the last token that is no padding, so where the padding token may end a text, as EOS
+    # does, a batch is filled up with another one that is not in it.
+    pad = pad_id
+    if any(i[-1] == pad_id for i in ids):
+        present = set().union(*ids)
+        pad = next(i for i in range(model.config.vocab_size) if i not in present)
+    model.config.pad_token_id = pad
+    device = next(model.parameters()).device
+    logits: torch.Tensor = model(input_ids=padded(ids, pad, device), attention_mask=lengths_mask(ids, device)).logits
+    return logits
 
 
 class Ensemble:
@@ -148,7 +164,11 @@ def load_scorer(
     if settings.type == "fitted":
         if fitted is None:
             raise ValueError("a fitted reward model needs the folder of its artifact")
-        return EncoderHead(fitted / "reward_model", model, settings, device)
+        own = fitted / "reward_model"
+        if (own / WEIGHTS).is_file():
+            return EncoderHead(own, model, settings, device)
+        read_as_fitted = settings.model_copy(update={"max_tokens": fitted_config(own)["max_tokens"]})
+        return SequenceClassification(own, read_as_fitted, device)
     if settings.type == "gpt_neox_reward_model":
         from clha.rewards.gpt_neox import GptNeoxReward
 

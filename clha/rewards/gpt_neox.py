@@ -27,7 +27,7 @@ from clha.rewards.texts import (
     leading_system_turns,
     without_oldest_turns,
 )
-from clha.settings import RewardModel
+from clha.settings_rewards import RewardModel
 
 _END = "<|endoftext|>"
 _ROLES = {"user": "<|prompter|>", "assistant": "<|assistant|>", "system": "<|system|>"}

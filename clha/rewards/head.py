@@ -55,3 +55,20 @@ def load_head(folder: Path) -> Head:
         return Head(Standardiser(arrays["mean"], arrays["scale"]), arrays["members"], config)
     except (OSError, ValueError, KeyError) as error:
         raise StageFailure(f"{folder}: no readable reward model ({error})") from error
+
+
+# Where the configuration of a whole model, which is Hugging Face's, keeps what a head's file says.
+OWN_CONFIG = "clha"
+
+
+def fitted_config(folder: Path) -> dict[str, Any]:
+    """What fit_reward says of its reward model, a head or a whole model: encoder, max_tokens, threshold, ...
+
+    Raises StageFailure when it is not there or damaged.
+    """
+    try:
+        config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        own: dict[str, Any] = config.get(OWN_CONFIG, config)
+        return own
+    except (OSError, ValueError) as error:
+        raise StageFailure(f"{folder}: no readable reward model ({error})") from error

@@ -21,7 +21,7 @@ from clha.rewards.fitting import (
     wilson_interval,
 )
 from clha.rewards.head import Head
-from clha.settings import RewardFit
+from clha.settings_rewards import RewardFit
 
 Floats = NDArray[np.float64]
 
@@ -95,41 +95,64 @@ def _report(
     lengths: NDArray[np.int64],
     fit: RewardFit,
 ) -> dict[str, Any]:
-    accuracy = float(np.average(cv.margins > 0, weights=weights))
     count = len(set(groups))
-    margins = _cross_calibrated(cv, weights, groups, fit)
-    diagrams = {"reliability_before": reliability(cv.margins, weights), "reliability": reliability(margins, weights)}
-    rewards = cv.rewards * fit_temperature(cv.margins, weights)
+    margins = cross_calibrated(cv.margins, weights, groups, fit.folds, fit.seed)
     chosen_point = next(p for p in cv.path if p.l2 == cv.l2)
-    return {
-        "accuracy": accuracy,
-        "accuracy_interval": list(wilson_interval(accuracy, count)),
-        "pairs": len(pairs),
+    factor = fit_temperature(cv.margins, weights)
+    return judgement(cv.rewards, margins, factor, weights, groups, lengths[pairs]) | {
         "l2": cv.l2,
         "agreement_between_halves": chosen_point.agreement,
         "l2_path": cv.path_rows(),
+        "members": members.report(weights, count),
+        "sft_threshold": threshold,
+    }
+
+
+def judgement(
+    judged: Floats,
+    calibrated: Floats,
+    factor: float,
+    weights: Floats,
+    groups: Sequence[Hashable],
+    lengths: NDArray[np.int64],
+) -> dict[str, Any]:
+    """What held-out pairs say of a reward model, whichever way it was fitted.
+
+    Args:
+        judged: [N, 2], rewards (chosen, rejected) by models that never saw the pair's group; uncalibrated.
+        calibrated: [N], margins in log-odds, by factors that never saw the pair's group.
+        factor: from `judged` to log-odds.
+        weights, groups: [N] of the pairs.
+        lengths: [N, 2], characters.
+    """
+    margins = judged[:, 0] - judged[:, 1]
+    accuracy = float(np.average(margins > 0, weights=weights))
+    diagrams = {"reliability_before": reliability(margins, weights), "reliability": reliability(calibrated, weights)}
+    rewards = judged * factor
+    return {
+        "accuracy": accuracy,
+        "accuracy_interval": list(wilson_interval(accuracy, len(set(groups)))),
+        "pairs": len(judged),
         "calibration": {
-            "factor": fit_temperature(cv.margins, weights),
-            "before": measure(cv.margins, weights).as_dict(),
-            "after": measure(margins, weights).as_dict(),
+            "factor": factor,
+            "before": measure(margins, weights).as_dict(),
+            "after": measure(calibrated, weights).as_dict(),
             **{
                 name: {"predicted": predicted.tolist(), "observed": observed.tolist(), "weight": mass.tolist()}
                 for name, (predicted, observed, mass) in diagrams.items()
             },
         },
-        "length_bias": length_bias(cv.margins, lengths[pairs], weights),
-        "members": members.report(weights, count),
-        "sft_threshold": threshold,
+        "length_bias": length_bias(margins, lengths, weights),
         "reward_std": float(rewards.std()),
         "metrics": _trainer_metrics(rewards, weights),
     }
 
 
-def _cross_calibrated(cv: CrossValidation, weights: Floats, groups: Sequence[Hashable], fit: RewardFit) -> Floats:
-    """Margins times a factor that was fitted without their own fold."""
-    fold = assign_folds(groups, fit.folds, fit.seed)
-    factors = np.array([fit_temperature(cv.margins[fold != k], weights[fold != k]) for k in range(fit.folds)])
-    return cv.margins * factors[fold]
+def cross_calibrated(margins: Floats, weights: Floats, groups: Sequence[Hashable], folds: int, seed: int) -> Floats:
+    """Margins [N] times a factor that was fitted without their own fold."""
+    fold = assign_folds(groups, folds, seed)
+    factors = np.array([fit_temperature(margins[fold != k], weights[fold != k]) for k in range(folds)])
+    return margins * factors[fold]
 
 
 def _trainer_metrics(rewards: Floats, weights: Floats) -> dict[str, float]:

@@ -16,7 +16,7 @@ from clha.errors import StageFailure, TransientFailure, UserError
 from clha.rewards.interface import Done, Scored, one_member
 from clha.rewards.scoring import Padding, length_batches
 from clha.rewards.texts import RewardInput, encode_all, text_encoder
-from clha.settings import RewardModel
+from clha.settings_rewards import RewardModel
 
 _TIMEOUT_SECONDS = 600
 _CONCURRENT = 4

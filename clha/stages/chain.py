@@ -13,7 +13,8 @@ from clha.errors import UserError
 from clha.models import resolve_model
 from clha.runs import Run
 from clha.schema import SCHEMA_VERSION
-from clha.settings import RewardFit, RewardModel, Settings
+from clha.settings import Settings
+from clha.settings_rewards import RewardFit, RewardModel
 from clha.sources.files import source_digest, weights_file_digest
 from clha.stages import evaluate, fit_reward, generate, prepare, rescore, train
 from clha.store import Artifact, Home, kind_of
@@ -147,13 +148,16 @@ def nodes(settings: Settings) -> list[Node]:
 
 
 def _fit_node(role: str, fit: RewardFit) -> Node:
+    # A head's key does not name its method: it is that of the heads fitted before there was another one.
+    lora = fit.method == "lora"
+    unused = ("layer", "pooling", "l2", "members") if lora else ("method", "lora")
     return Node(
         f"fit_reward.{role}",
         "fit_reward",
         ("prepare",),
-        fit.key_settings() | {"split": f"reward_{role}"},
+        fit.key_settings(*unused) | {"split": f"reward_{role}"},
         {"encoder": fit.encoder},
-        ("torch", "transformers"),
+        ("torch", "transformers", "peft") if lora else ("torch", "transformers"),
         (f"reward_{role}",),
     )
 

@@ -17,7 +17,7 @@ from clha.schema import SCORES
 from clha.store import Artifact, read_parquet, write_parquet_atomic
 
 if TYPE_CHECKING:
-    from clha.settings import RewardModel
+    from clha.settings_rewards import RewardModel
     from clha.stages.work import Work
 
 POLICIES = ("base", "trained")

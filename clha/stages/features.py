@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from clha.rewards.texts import RewardInput
-    from clha.settings import RewardFit
+    from clha.settings_rewards import RewardFit
 
+# Keys of fits and of study cells do not hold it: whoever raises it raises those of fit_reward and noise_* too.
 CODE_VERSION = {"features": 1}
 
 

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from clha.runs import Run
-    from clha.settings import NoiseStudy, RewardFit, Settings
+    from clha.settings import NoiseStudy, Settings
+    from clha.settings_rewards import RewardFit
     from clha.study.detection import Detection, LabelledPairs
 
 

@@ -110,9 +110,9 @@ def weigh(work: Work) -> Artifact:
 
 def _threshold(work: Work) -> float:
     """The reward above which a best response is worth imitating."""
-    from clha.rewards.head import load_head
+    from clha.rewards.head import fitted_config
 
     threshold = work.settings.rescore.sft_threshold
     if threshold == "fitted":
-        return load_head(work.inputs["fit_reward.train"].folder / "reward_model").threshold
+        return float(fitted_config(work.inputs["fit_reward.train"].folder / "reward_model")["threshold"])
     return float(threshold)

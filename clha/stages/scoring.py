@@ -17,7 +17,7 @@ from clha.store import Artifact, ArtifactWriter, read_parquet
 
 if TYPE_CHECKING:
     from clha.rewards.adapters import RewardScorer, Scored
-    from clha.settings import RewardModel
+    from clha.settings_rewards import RewardModel
 
 _READ = ["prompt_id", "candidate_id", "text", "truncated_turns"]
 _POLL_SECONDS = 0.2

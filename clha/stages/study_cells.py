@@ -14,7 +14,8 @@ from clha.stages.work import find_or_make
 from clha.store import Artifact, ArtifactWriter, Home
 
 if TYPE_CHECKING:
-    from clha.settings import NoiseStudy, RewardFit
+    from clha.settings import NoiseStudy
+    from clha.settings_rewards import RewardFit
 
 CODE_VERSION = {"noise_detection": 2, "noise_training": 2}
 

@@ -11,7 +11,7 @@ from clha import noise
 from clha.digests import unit_of
 from clha.rewards.calibration import fit_temperature
 from clha.rewards.fitting import Standardiser, cross_validate, fit_head, wilson_interval
-from clha.settings import RewardFit
+from clha.settings_rewards import RewardFit
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]

@@ -15,6 +15,7 @@ import pytest
 from fabricated import HOSTILE, Fabricated, fabricate
 
 from clha.errors import UserError
+from clha.reporting.noise_facts import noise_facts, noise_lines, read_noise
 from clha.reporting.report import build_report
 from clha.runs import Run, save_run
 from clha.stages.report import make_report
@@ -116,6 +117,21 @@ def test_a_run_that_is_not_evaluated_yet_has_a_report_of_what_there_is(tmp_path:
     }  # fmt: skip
     only_prepare = build_report(made.home, made.run, {"prepare": made.nodes["prepare"]}).read_text()
     assert "Prompts per split" in only_prepare
+
+
+def test_a_reward_model_trained_by_an_adapter_has_a_card_without_the_figures_of_heads(tmp_path: Path) -> None:
+    made = fabricate(tmp_path, prompts=60, tests=20)
+    fitted = made.nodes["fit_reward.train"]
+    fit = json.loads((fitted.folder / "fit.json").read_text())
+    for name in ("l2", "agreement_between_halves", "learning_curve"):
+        del fit[name]
+    (fitted.folder / "fit.json").write_text(json.dumps(fit | {"pairs_trained_on": 640}))
+    config = fitted.folder / "reward_model" / "config.json"
+    config.write_text(json.dumps({"model_type": "llama", "clha": json.loads(config.read_text())}))
+    html = build_report(made.home, made.run, made.nodes).read_text()
+    assert "640 other pairs" in html and html.count("agreement of two halves") == 1, "the judge is a head"
+    lines = dict(noise_lines(noise_facts(made.nodes, made.run, read_noise(made.nodes))))
+    assert lines["reward model"].endswith("held-out pairs right")
 
 
 def test_the_report_runs_as_a_process_and_prints_its_path(made: Fabricated, page: Path) -> None:

@@ -18,7 +18,7 @@ from clha.errors import UserError
 from clha.rewards.adapters import load_scorer, model_folders
 from clha.rewards.interface import RewardScorer
 from clha.rewards.texts import RewardInput
-from clha.settings import RewardModel
+from clha.settings_rewards import RewardModel
 from clha.stages import fit_reward
 from clha.store import Home
 

@@ -18,7 +18,7 @@ from clha.errors import UserError
 from clha.process import end_group
 from clha.rewards.adapters import load_scorer
 from clha.rewards.texts import RewardInput
-from clha.settings import RewardModel
+from clha.settings_rewards import RewardModel
 
 
 @pytest.fixture(scope="session")

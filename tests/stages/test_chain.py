@@ -88,6 +88,9 @@ def test_nothing_is_built_twice(home: Home, root: Path, data: Path, built: Run):
         ("evaluate.resamples=77", {"evaluate"}),
         ("evaluate.max_tokens=7", {"answers.base", "answers.trained", "evaluate"}),
         ("fit_reward.eval.l2=0.5", {"fit_reward.eval", "evaluate"}),
+        ("fit_reward.eval.method=lora", {"fit_reward.eval", "evaluate"}),
+        ("fit_reward.eval.lora.rank=3", set()),  # of another method
+        ("fit_reward.eval.shard_size=3", set()),
         ("prepare.split_seed=5", set(ALL)),
         ("train.tokens_per_micro_batch=17", set()),
         ("train.processes=2", set()),

@@ -9,7 +9,8 @@ from reward_cases import preference_rows, write_prompts
 
 from clha.errors import UserError
 from clha.progress import Progress
-from clha.settings import NoiseStudy, RewardFit
+from clha.settings import NoiseStudy
+from clha.settings_rewards import RewardFit
 from clha.stages import work as stages_work
 from clha.stages.noise_study import run_study
 from clha.stages.study_cells import StudyInput, count_cells

@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import norm
 
 from clha import noise
-from clha.settings import RewardFit
+from clha.settings_rewards import RewardFit
 from clha.study.detection import LabelledPairs, arm_weights, detect, detect_by_length, flips, swapped
 
 
