@@ -153,14 +153,16 @@ def dpo_loss(
 ) -> Tensor:
     """Direct Preference Optimization (arXiv 2305.18290, equation 7) over the pairs of each prompt.
 
-    The loss of a pair with k ranked before j is -log sigmoid(beta * (h_k - h_j)), h = sum_logps - reference_sum_logps.
+    The loss of k above j is -log sigmoid(x), x = beta * (h_k - h_j), h = sum_logps - reference_sum_logps; of the
+    reverse, j above k, that of -x.
 
     Args:
         sum_logps, reference_sum_logps: [B, n], nats; the reference is frozen.
         beta: strength of the tie to the reference.
-        pair_weights: [B, n, n]; entries above the diagonal weigh pairs; default: 1.
+        pair_weights: [B, n, n]; entry (k, j) weighs k above j, so a flipped pair, and the other half of a soft label,
+            stand below the diagonal; a pair counts once. Default: 1 above the diagonal.
         candidate_mask: [B, n].
-        pair_count: pairs with w > 0 of the whole optimizer batch; default: of this one.
+        pair_count: pairs with w > 0 in either direction of the whole optimizer batch; default: of this one.
     """
     logits, weights = _dpo_logits(sum_logps, reference_sum_logps, beta, pair_weights, candidate_mask)
     return _pair_mean(-F.logsigmoid(logits), weights, pair_count)
@@ -273,19 +275,19 @@ def pro_loss(
 def _dpo_logits(
     sum_logps: Tensor, reference: Tensor, beta: float, pair_weights: Tensor | None, candidate_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """beta * (h_k - h_j) and the weights of the pairs above the diagonal, both [B, n, n]."""
+    """beta * (h_k - h_j) and the weights of k above j, both [B, n, n]."""
     if reference.shape != sum_logps.shape:
         raise ValueError(f"reference_sum_logps has shape {list(reference.shape)}, not {list(sum_logps.shape)}")
     mask = _mask(candidate_mask, sum_logps)
     log_ratios = torch.where(mask, sum_logps - reference, torch.zeros_like(sum_logps))
-    present = torch.triu(mask[:, :, None] & mask[:, None, :], diagonal=1)
-    weights = torch.ones_like(present, dtype=sum_logps.dtype) if pair_weights is None else pair_weights
+    weights = sum_logps.new_ones(*mask.shape, mask.shape[1]).triu(1) if pair_weights is None else pair_weights
+    present = mask[:, :, None] & mask[:, None, :] & ~torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
     weights = torch.where(present, weights, torch.zeros_like(weights)).to(sum_logps.dtype)
     return beta * (log_ratios[:, :, None] - log_ratios[:, None, :]), weights
 
 
 def _pair_mean(losses: Tensor, weights: Tensor, pair_count: Tensor | float | None) -> Tensor:
-    count = (weights > 0).sum().clamp(min=1) if pair_count is None else pair_count
+    count = count_pairs(weights).sum().clamp(min=1) if pair_count is None else pair_count
     return (weights * losses).sum() / count
 
 

@@ -196,6 +196,48 @@ def test_dpo_over_three_candidates_is_the_weighted_mean_of_its_pairs():
     assert float(got) == pytest.approx(float((pair[0] + 0.5 * pair[1]) / 2))
 
 
+DPO = {
+    "dpo": losses.dpo_loss,
+    "dpo_smoothed": lambda *a, **k: losses.dpo_smoothed_loss(*a, label_smoothing=0.1, **k),
+    "dpo_robust": lambda *a, **k: losses.dpo_robust_loss(*a, label_smoothing=0.1, **k),
+}
+# x = 0.3 of the pair as ranked, -0.3 turned round: -log sigmoid is 0.554355 and 0.854355. Smoothed, e = 0.1:
+# 0.9 * 0.554355 + 0.1 * 0.854355 = 0.584355 and 0.9 * 0.854355 + 0.1 * 0.554355 = 0.824355. Robust:
+# (0.9 * 0.554355 - 0.1 * 0.854355) / 0.8 = 0.516855 and (0.9 * 0.854355 - 0.1 * 0.554355) / 0.8 = 0.891855.
+BOTH_WAYS = {"dpo": (0.554355, 0.854355), "dpo_smoothed": (0.584355, 0.824355), "dpo_robust": (0.516855, 0.891855)}
+
+
+@pytest.mark.parametrize("name", DPO)
+def test_a_weight_below_the_diagonal_is_the_dpo_loss_of_the_pair_turned_round(name: str):
+    """Flipped, weight 0.6: 0.6 of the reverse loss; soft, 0.7 and 0.3: 0.7 of one and 0.3 of the other, one pair.
+
+    A flipped pair beside one that is kept: both in the sum, two in the denominator.
+    """
+    policy, reference = tensor([[-1.0, -3.0]]), tensor([[-2.0, -2.5]])
+    straight, reverse = BOTH_WAYS[name]
+    for weights, want in (
+        ([[0.0, 0.0], [0.6, 0.0]], 0.6 * reverse),
+        ([[0.0, 0.7], [0.3, 0.0]], 0.7 * straight + 0.3 * reverse),
+        ([[5.0, 1.0], [0.0, 5.0]], straight),  # a response is no pair with itself
+    ):
+        got = DPO[name](policy, reference, beta=0.2, pair_weights=tensor([weights]))
+        assert float(got) == pytest.approx(want, abs=1e-6)
+    both = tensor([[[0.0, 1.0], [0.0, 0.0]], [[0.0, 0.0], [0.6, 0.0]]])
+    got = DPO[name](policy.expand(2, 2), reference.expand(2, 2), beta=0.2, pair_weights=both)
+    assert float(got) == pytest.approx((straight + 0.6 * reverse) / 2, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", DPO)
+def test_turning_the_responses_and_their_weights_round_changes_no_dpo_loss(name: str):
+    torch.manual_seed(2)
+    policy, reference = -torch.rand(3, 4, dtype=torch.float64) * 9, -torch.rand(3, 4, dtype=torch.float64) * 9
+    weights = torch.rand(3, 4, 4, dtype=torch.float64)
+    mask = torch.tensor([[True] * 4, [True, True, True, False], [True, True, False, False]])
+    one = DPO[name](policy, reference, pair_weights=weights, candidate_mask=mask)
+    other = DPO[name](policy.flip(1), reference.flip(1), pair_weights=weights.flip(1, 2), candidate_mask=mask.flip(1))
+    assert float(one) == pytest.approx(float(other), abs=1e-12)
+
+
 def test_rrhf_by_hand():
     """s = -2, -1, -3: pairs (0,1): 1, (0,2): 0, (1,2): 0; NLL of the best = 4 (two tokens). Total 5."""
     result = losses.rrhf_loss(tensor([[-4.0, -1.0, -6.0]]), torch.tensor([[2, 1, 2]]))
