@@ -20,7 +20,8 @@ def as_ranked_prompts(dataset: Any, tokenizer: Any) -> Any:
     """`dataset` as something whose items are `RankedPrompt`, with `max_candidates`. None stays None.
 
     Raises:
-        UserError: the columns are none of the known forms, or text comes without a tokenizer.
+        UserError: the columns are none of the known forms, or text comes without a tokenizer; when an item is asked
+            for, its row cannot be what it should.
     """
     if dataset is None or hasattr(dataset, "max_candidates"):
         return dataset
@@ -38,7 +39,7 @@ def as_ranked_prompts(dataset: Any, tokenizer: Any) -> Any:
 
 
 class _Rows:
-    """A dataset seen as ranked prompts; each row is converted when it is asked for."""
+    """A dataset seen as ranked prompts; each row is converted, and checked, when it is asked for."""
 
     def __init__(self, dataset: Any, convert: Callable[[dict[str, Any], int], RankedPrompt]) -> None:
         self._dataset, self._convert = dataset, convert
@@ -51,26 +52,78 @@ class _Rows:
 
     @property
     def max_candidates(self) -> int:
-        columns = self._dataset.column_names
-        if "rewards" not in columns:
+        if "response_token_ids" not in self._dataset.column_names:
             return 2
-        return max((len(rewards) for rewards in self._dataset["rewards"]), default=0)
+        rewards = self._dataset["rewards"]
+        return max((0 if own is None else len(own) for own in rewards), default=0)
 
 
 def _from_preferences(row: dict[str, Any], i: int) -> RankedPrompt:
-    n = len(row["rewards"])
-    weights = row.get("pair_weights")
+    given = {name: value for name, value in row.items() if value is not None}
+    prompt = _tokens(given.get("prompt_token_ids", ()), f"row {i}: prompt_token_ids")
+    responses = [
+        _tokens(response, f"row {i}: response_token_ids[{k}]")
+        for k, response in enumerate(given.get("response_token_ids", ()))
+    ]
+    n = len(responses)
+    rewards = _numbers(given.get("rewards", ()), (n,), f"row {i}: rewards")
+    if n == 0:
+        raise UserError(f"dataset: row {i}: has no responses; leave it out")
+    weights = np.triu(np.ones((n, n)), 1)
+    if "pair_weights" in given:
+        weights = _numbers(given["pair_weights"], (n, n), f"row {i}: pair_weights")
+        if (weights < 0).any():
+            raise UserError(
+                f"dataset: row {i}: pair_weights hold a number below 0; 0 is for a pair that does not count"
+            )
+    elif (np.diff(rewards) > 0).any():
+        raise UserError(
+            f"dataset: row {i}: rewards must be sorted, best first, where there are no pair_weights; sort the "
+            "responses by them"
+        )
+    sft_index = _numbers(given.get("sft_index", 0), (), f"row {i}: sft_index")
+    if sft_index not in range(n):
+        raise UserError(f"dataset: row {i}: sft_index is {sft_index:g}; it is the place of a response, 0 to {n - 1}")
+    sft_lambda = _numbers(given.get("sft_lambda", 1.0), (), f"row {i}: sft_lambda")
+    if not 0 <= sft_lambda <= 1:
+        raise UserError(f"dataset: row {i}: sft_lambda is {sft_lambda:g}; it must be between 0 and 1")
     return RankedPrompt(
-        prompt_id=str(row.get("prompt_id", i)),
-        prompt=np.asarray(row["prompt_token_ids"], dtype=np.int32),
-        responses=[np.asarray(r, dtype=np.int32) for r in row["response_token_ids"]],
-        rewards=np.asarray(row["rewards"], dtype=np.float64),
-        pair_weights=np.triu(np.ones((n, n), dtype=np.float32), 1)
-        if weights is None
-        else np.asarray(weights, dtype=np.float32).reshape(n, n),
-        sft_index=int(row.get("sft_index", 0)),
-        sft_lambda=float(row.get("sft_lambda", 1.0)),
+        prompt_id=str(given.get("prompt_id", i)),
+        prompt=prompt,
+        responses=responses,
+        rewards=rewards,
+        pair_weights=weights.astype(np.float32),
+        sft_index=int(sft_index),
+        sft_lambda=float(sft_lambda),
     )
+
+
+def _tokens(values: Any, where: str) -> np.ndarray:
+    """Token ids, [T] int32."""
+    found = _array(values, where)
+    if found.size == 0:
+        raise UserError(f"dataset: {where} is empty; leave the row out")
+    if found.ndim != 1 or found.dtype.kind not in "iu" or (found < 0).any():
+        raise UserError(f"dataset: {where} must be a list of token ids, whole numbers of at least 0")
+    return found.astype(np.int32)
+
+
+def _numbers(values: Any, shape: tuple[int, ...], where: str) -> np.ndarray:
+    """Finite numbers of one shape, float64."""
+    found = _array(values, where, np.float64)
+    if found.shape != shape:
+        wanted, has = (" x ".join(map(str, size)) or "one" for size in (shape, found.shape))
+        raise UserError(f"dataset: {where} must hold {wanted} numbers (one for each response or pair), not {has}")
+    if not np.isfinite(found).all():
+        raise UserError(f"dataset: {where} holds NaN or infinity; mend it, or leave the row out")
+    return found
+
+
+def _array(values: Any, where: str, dtype: Any = None) -> np.ndarray:
+    try:
+        return np.asarray(values, dtype=dtype)
+    except (TypeError, ValueError):
+        raise UserError(f"dataset: {where} is no array of numbers; its rows must be equally long") from None
 
 
 def _from_pair(row: dict[str, Any], i: int, tokenizer: Any) -> RankedPrompt:

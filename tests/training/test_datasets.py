@@ -66,6 +66,48 @@ def test_the_preferences_form_is_taken_as_it_is():
     assert [r.tolist() for r in item.responses] == [[7], [8, 9], [3]]
 
 
+GOOD = {"prompt_token_ids": [5, 6], "response_token_ids": [[7], [8, 9]], "rewards": [9.0, 1.0]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rewards": [9.0, math.nan]}, "row 1: rewards holds NaN or infinity; mend it, or leave the row out"),
+        ({"rewards": [math.inf, 1.0]}, "row 1: rewards holds NaN or infinity"),
+        ({"rewards": [1.0, 9.0]}, "row 1: rewards must be sorted, best first, .*; sort the responses"),
+        ({"rewards": [9.0, 1.0, 0.0]}, r"row 1: rewards must hold 2 numbers \(.*\), not 3"),
+        ({"rewards": None}, "row 1: rewards must hold 2 numbers .*, not 0"),
+        ({"prompt_token_ids": []}, "row 1: prompt_token_ids is empty; leave the row out"),
+        ({"prompt_token_ids": None}, "row 1: prompt_token_ids is empty"),
+        ({"response_token_ids": [[7], []]}, r"row 1: response_token_ids\[1\] is empty"),
+        ({"response_token_ids": [[7], [-1]]}, r"row 1: response_token_ids\[1\] must be a list of token ids"),
+        ({"response_token_ids": [[7], None]}, r"row 1: response_token_ids\[1\] must be a list of token ids"),
+        ({"response_token_ids": [], "rewards": []}, "row 1: has no responses; leave it out"),
+        ({"pair_weights": [[0.0, 1.0]]}, "row 1: pair_weights must hold 2 x 2 numbers .*, not 1 x 2"),
+        ({"pair_weights": [[0.0, 1.0], [0.0]]}, "row 1: pair_weights is no array of numbers"),
+        ({"pair_weights": [[0.0, math.nan], [0.0, 0.0]]}, "row 1: pair_weights holds NaN"),
+        ({"pair_weights": [[0.0, -1.0], [0.0, 0.0]]}, "row 1: pair_weights hold a number below 0"),
+        ({"sft_index": 2}, "row 1: sft_index is 2; it is the place of a response, 0 to 1"),
+        ({"sft_index": -1}, "row 1: sft_index is -1"),
+        ({"sft_lambda": math.nan}, "row 1: sft_lambda holds NaN"),
+        ({"sft_lambda": 1.5}, "row 1: sft_lambda is 1.5; it must be between 0 and 1"),
+    ],
+)
+def test_a_row_that_cannot_be_right_is_an_error_that_names_it(change: dict[str, Any], message: str):
+    prompts = as_ranked_prompts(Dataset.from_list([dict.fromkeys(change) | GOOD, GOOD | change]), None)
+    assert prompts.max_candidates >= 2 and len(prompts[0]) == 2
+    with pytest.raises(UserError, match=f"^dataset: {message}") as caught:
+        prompts[1]
+    assert "\n" not in str(caught.value)
+
+
+def test_with_weights_of_its_own_a_row_may_stand_in_another_order_than_its_rewards():
+    row = GOOD | {"rewards": [1.0, 9.0], "pair_weights": [[0, 0.5], [0.25, 0]], "sft_index": 1, "sft_lambda": 0.5}
+    item = as_ranked_prompts(Dataset.from_list([row]), None)[0]
+    assert item.pair_weights.tolist() == [[0, 0.5], [0.25, 0]]
+    assert (item.sft_index, item.sft_lambda, item.rewards.tolist()) == (1, 0.5, [1.0, 9.0])
+
+
 def test_other_columns_and_text_without_a_tokenizer_are_errors_in_one_line(tokenizer: Any):
     with pytest.raises(UserError, match="has columns instruction, output; wanted are"):
         as_ranked_prompts(Dataset.from_list([{"instruction": "a", "output": "b"}]), tokenizer)
