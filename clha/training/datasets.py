@@ -1,7 +1,9 @@
 """Datasets that training takes: joined preferences, and `datasets.Dataset` in our form or TRL's pair formats.
 
 The preferences form has a row per prompt: prompt_token_ids, response_token_ids (a list per response, best first),
-rewards (best first) and, if it likes, prompt_id, pair_weights, sft_index, sft_lambda.
+rewards (best first) and, if it likes, prompt_id, pair_weights, sft_index, sft_lambda. Weights that it has not follow
+from the rewards by the paper's rule: pairs count whose rewards are more than `reward_gap` apart, and the SFT part does
+where the reward of its response is above `sft_threshold`.
 Pair formats have chosen and rejected, as text or as messages, with an explicit or implicit prompt.
 """
 
@@ -16,8 +18,10 @@ from clha.errors import UserError
 from clha.training.batches import RankedPrompt
 
 
-def as_ranked_prompts(dataset: Any, tokenizer: Any) -> Any:
+def as_ranked_prompts(dataset: Any, tokenizer: Any, *, reward_gap: float = 3.0, sft_threshold: float = 0.0) -> Any:
     """`dataset` as something whose items are `RankedPrompt`, with `max_candidates`. None stays None.
+
+    `reward_gap` and `sft_threshold` give the preferences form the weights that it does not have.
 
     Raises:
         UserError: the columns are none of the known forms, or text comes without a tokenizer; when an item is asked
@@ -27,7 +31,7 @@ def as_ranked_prompts(dataset: Any, tokenizer: Any) -> Any:
         return dataset
     columns = set(getattr(dataset, "column_names", None) or ())
     if {"prompt_token_ids", "response_token_ids", "rewards"} <= columns:
-        return _Rows(dataset, _from_preferences)
+        return _Rows(dataset, lambda row, i: _from_preferences(row, i, reward_gap, sft_threshold))
     if {"chosen", "rejected"} <= columns:
         if tokenizer is None:
             raise UserError("dataset: chosen and rejected are text; give the tokenizer as processing_class")
@@ -58,7 +62,9 @@ class _Rows:
         return max((0 if own is None else len(own) for own in rewards), default=0)
 
 
-def _from_preferences(row: dict[str, Any], i: int) -> RankedPrompt:
+def _from_preferences(row: dict[str, Any], i: int, reward_gap: float, sft_threshold: float) -> RankedPrompt:
+    from clha import noise  # scipy comes with it, which nothing else here needs
+
     given = {name: value for name, value in row.items() if value is not None}
     prompt = _tokens(given.get("prompt_token_ids", ()), f"row {i}: prompt_token_ids")
     responses = [
@@ -69,7 +75,6 @@ def _from_preferences(row: dict[str, Any], i: int) -> RankedPrompt:
     rewards = _numbers(given.get("rewards", ()), (n,), f"row {i}: rewards")
     if n == 0:
         raise UserError(f"dataset: row {i}: has no responses; leave it out")
-    weights = np.triu(np.ones((n, n)), 1)
     if "pair_weights" in given:
         weights = _numbers(given["pair_weights"], (n, n), f"row {i}: pair_weights")
         if (weights < 0).any():
@@ -81,10 +86,13 @@ def _from_preferences(row: dict[str, Any], i: int) -> RankedPrompt:
             f"dataset: row {i}: rewards must be sorted, best first, where there are no pair_weights; sort the "
             "responses by them"
         )
+    else:
+        weights = noise.gap_weights(rewards[None], reward_gap)[0]
     sft_index = _numbers(given.get("sft_index", 0), (), f"row {i}: sft_index")
     if sft_index not in range(n):
         raise UserError(f"dataset: row {i}: sft_index is {sft_index:g}; it is the place of a response, 0 to {n - 1}")
-    sft_lambda = _numbers(given.get("sft_lambda", 1.0), (), f"row {i}: sft_lambda")
+    by_rule = noise.threshold_lambda(rewards[int(sft_index)], sft_threshold)
+    sft_lambda = _numbers(given.get("sft_lambda", by_rule), (), f"row {i}: sft_lambda")
     if not 0 <= sft_lambda <= 1:
         raise UserError(f"dataset: row {i}: sft_lambda is {sft_lambda:g}; it must be between 0 and 1")
     return RankedPrompt(

@@ -59,11 +59,65 @@ def test_text_can_never_become_a_control_token(tokenizer: Any):
 
 def test_the_preferences_form_is_taken_as_it_is():
     row = {"prompt_token_ids": [5, 6], "response_token_ids": [[7], [8, 9], [3]], "rewards": [2.0, 1.0, 0.0]}
-    prompts = as_ranked_prompts(Dataset.from_list([row]), None)
+    weights = [[0, 1, 0.5], [0, 0, 1], [0, 0.25, 0]]
+    prompts = as_ranked_prompts(Dataset.from_list([row | {"pair_weights": weights, "sft_lambda": 0.5}]), None)
     item = prompts[0]
     assert prompts.max_candidates == 3
-    assert item.pair_weights.tolist() == [[0, 1, 1], [0, 0, 1], [0, 0, 0]]
+    assert item.pair_weights.tolist() == weights and item.sft_lambda == 0.5
     assert [r.tolist() for r in item.responses] == [[7], [8, 9], [3]]
+
+
+RANKED = {"prompt_token_ids": [5], "response_token_ids": [[7], [8], [9]]}
+
+
+@pytest.mark.parametrize(
+    ("rewards", "sft_index", "rule", "weights", "sft_lambda"),
+    [
+        # The paper's picture: 4.581 - 2.390 = 2.191 is noise, 2.390 + 0.612 = 3.002 and 5.193 are not.
+        ([4.581, 2.390, -0.612], 0, {}, [[0, 0, 1], [0, 0, 1], [0, 0, 0]], 1),
+        ([4.581, 2.390, -0.612], 2, {}, [[0, 0, 1], [0, 0, 1], [0, 0, 0]], 0),
+        ([4.581, 2.390, -0.612], 0, {"reward_gap": 2.0}, [[0, 1, 1], [0, 0, 1], [0, 0, 0]], 1),
+        ([4.581, 2.390, -0.612], 0, {"sft_threshold": 4.6}, [[0, 0, 1], [0, 0, 1], [0, 0, 0]], 0),
+        # Exactly at the gap and at the threshold: noise, and no SFT.
+        ([0.0, -3.0, -6.0], 0, {}, [[0, 0, 1], [0, 0, 0], [0, 0, 0]], 0),
+    ],
+)
+def test_rewards_without_weights_get_those_of_the_papers_rule(
+    rewards: list[float], sft_index: int, rule: dict[str, float], weights: list[list[float]], sft_lambda: float
+):
+    dataset = Dataset.from_list([RANKED | {"rewards": rewards, "sft_index": sft_index}])
+    item = as_ranked_prompts(dataset, None, **rule)[0]
+    assert item.pair_weights.tolist() == weights
+    assert item.sft_lambda == sft_lambda
+
+
+def test_training_on_rewards_alone_is_the_loss_that_takes_rewards_alone(tiny_model: Path, tmp_path: Path):
+    """What the trainer reports before any step is `clha_loss` of the same log-probabilities, without weights."""
+    import torch
+
+    from clha import ClhaConfig, ClhaTrainer, losses
+    from clha.training import policy
+    from clha.training.batches import pack
+    from clha.training.logprobs import sum_by_response
+
+    rewards = [[4.0, 3.0, -1.0], [-0.5, -2.0, -9.0], [2.5, 2.0, 1.0]]
+    rows = [RANKED | {"prompt_token_ids": [5, 6 + i], "rewards": own} for i, own in enumerate(rewards)]
+    trainer = ClhaTrainer(
+        model=AutoModelForCausalLM.from_pretrained(tiny_model, dtype="float32"),
+        args=ClhaConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows),
+    )
+    found = trainer.evaluate()
+    batch = pack([trainer.train_dataset[i] for i in range(3)])
+    with torch.no_grad():
+        logps = policy.response_logps(trainer.model.eval(), batch)
+    sums = sum_by_response(logps, batch.target_cell, 3, 3)
+    want = losses.clha_loss(sums, batch.response_lengths, torch.tensor(rewards))
+    assert float(want.contrastive) > 0.1 and float(want.sft) > 0.1
+    assert found["eval_loss/contrastive"] == pytest.approx(float(want.contrastive), rel=1e-5)
+    assert found["eval_loss/sft"] == pytest.approx(float(want.sft), rel=1e-5)
+    assert found["eval_noise/kept_fraction"] == pytest.approx(4 / 9)
 
 
 GOOD = {"prompt_token_ids": [5, 6], "response_token_ids": [[7], [8, 9]], "rewards": [9.0, 1.0]}
