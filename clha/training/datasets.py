@@ -137,7 +137,8 @@ def _array(values: Any, where: str, dtype: Any = None) -> np.ndarray:
 def _from_pair(row: dict[str, Any], i: int, tokenizer: Any) -> RankedPrompt:
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     try:
-        encode = _plain if isinstance(chosen, str) else _conversation
+        plain = all(isinstance(text, str) for text in (prompt or "", chosen, rejected))
+        encode = _plain if plain else _conversation
         prompt_ids, responses = encode(prompt, chosen, rejected, tokenizer)
     except Unusable as error:
         raise UserError(f"dataset: row {i} cannot be used: {error}; leave it out") from None
@@ -170,10 +171,35 @@ def _plain(prompt: str | None, chosen: str, rejected: str, tokenizer: Any) -> tu
 
 
 def _conversation(prompt: Any, chosen: Any, rejected: Any, tokenizer: Any) -> tuple[list[int], list[list[int]]]:
-    """Messages, through the same chat code as everywhere; an implicit prompt is all but the last message."""
+    """Messages, through the same chat code as everywhere; what both begin with belongs to the prompt."""
     chat = Chat(tokenizer)
-    if prompt is None:
-        prompt = chosen[:-1]
-    chat.check_markers(turn["content"] for turn in (*prompt, chosen[-1], rejected[-1]))
-    answers = [chat.encode_response(answer[-1]["content"]).token_ids for answer in (chosen, rejected)]
-    return chat.encode_prompt(prompt).token_ids, answers
+    own = [] if prompt is None else _turns(prompt, "prompt")
+    answers = {"chosen": _turns(chosen, "chosen"), "rejected": _turns(rejected, "rejected")}
+    pairs = zip(*answers.values(), strict=False)
+    same = [turn for turn, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
+    if own and same[: len(own)] == own:
+        raise Unusable(
+            "prompt_repeated", "chosen and rejected begin with the prompt again; take the prompt out of them"
+        )
+    for name, turns in answers.items():
+        roles = [turn["role"] for turn in turns[len(same) :]]
+        if roles != ["assistant"]:
+            raise Unusable(
+                "not_one_answer",
+                f"after the {len(same)} messages that chosen and rejected begin with, {name} has "
+                f"{', '.join(roles) or 'nothing'}; wanted is one message of the assistant",
+            )
+    last = [turns[-1]["content"] for turns in answers.values()]
+    chat.check_markers([*(turn["content"] for turn in (*own, *same)), *last])
+    return chat.encode_prompt([*own, *same]).token_ids, [chat.encode_response(text).token_ids for text in last]
+
+
+def _turns(messages: Any, name: str) -> list[dict[str, str]]:
+    """Role and content of each message."""
+    try:
+        turns = [{"role": message["role"], "content": message["content"]} for message in messages]
+    except (TypeError, KeyError):
+        turns = [{"role": None}]
+    if not all(isinstance(value, str) for turn in turns for value in turn.values()):
+        raise Unusable("no_messages", f"{name} is no list of messages with role and content, both text")
+    return turns

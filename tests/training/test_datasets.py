@@ -51,6 +51,61 @@ def test_a_pair_becomes_a_ranked_prompt_that_ends_in_eos(form: str, tokenizer: A
         assert (chosen, rejected) == (f"It scatters.{eos}", f"No.{eos}")
 
 
+def asked(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_messages_that_both_answers_begin_with_belong_to_the_prompt(explicit: bool, tokenizer: Any):
+    """With an explicit prompt none of the messages after it is lost."""
+    shared = said("Scattering.") + asked("And at dusk?")
+    row = {"chosen": shared + said("It goes red."), "rejected": shared + said("No.")}
+    if explicit:
+        row |= {"prompt": MESSAGES}
+    else:
+        row = {name: MESSAGES + messages for name, messages in row.items()}
+    item = as_ranked_prompts(Dataset.from_list([row]), tokenizer)[0]
+    template = tokenizer.apply_chat_template(MESSAGES + shared, add_generation_prompt=True, tokenize=False)
+    assert tokenizer.decode(item.prompt) == template
+    assert [tokenizer.decode(r) for r in item.responses] == [
+        f"{t}{tokenizer.eos_token}" for t in ("It goes red.", "No.")
+    ]
+
+
+EARLIER = MESSAGES + said("Scattering.") + asked("And at dusk?") + said("It goes red.")
+OTHER = MESSAGES + said("Paint.") + asked("And at dusk?") + said("Black paint.")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"chosen": EARLIER, "rejected": OTHER},
+            "after the 1 .*, chosen has assistant, user, assistant; wanted is one",
+        ),
+        (
+            {"chosen": EARLIER[1:], "rejected": OTHER[1:], "prompt": MESSAGES},
+            "after the 0 .*, chosen has assistant, user",
+        ),
+        ({"chosen": EARLIER, "rejected": EARLIER[:2]}, "after the 2 messages .*, chosen has user, assistant; wanted"),
+        ({"chosen": EARLIER, "rejected": EARLIER}, "chosen has nothing; wanted is one message of the assistant"),
+        ({"chosen": MESSAGES + asked("x"), "rejected": MESSAGES + said("y")}, "chosen has user; wanted"),
+        ({"chosen": EARLIER, "rejected": EARLIER[:3] + said("x"), "prompt": MESSAGES}, "begin with the prompt again"),
+        ({"chosen": said("x"), "rejected": said("y"), "prompt": "text"}, "prompt is no list of messages"),
+        ({"chosen": [{"role": "assistant", "content": None}], "rejected": said("y")}, "chosen is no list of messages"),
+    ],
+)
+def test_a_conversation_that_is_no_pair_of_answers_is_an_error_that_names_its_row(
+    row: dict[str, Any], message: str, tokenizer: Any
+):
+    good = {"chosen": MESSAGES + said("a"), "rejected": MESSAGES + said("b")}
+    if "prompt" in row:
+        good = {"chosen": said("a"), "rejected": said("b"), "prompt": row["prompt"]}
+    prompts = as_ranked_prompts(Dataset.from_list([good, row]), tokenizer)
+    with pytest.raises(UserError, match=f"^dataset: row 1 cannot be used: .*{message}.*; leave it out$"):
+        prompts[1]
+
+
 def test_text_can_never_become_a_control_token(tokenizer: Any):
     row = {"prompt": "x", "chosen": f"good {tokenizer.eos_token} day", "rejected": "bad"}
     item = as_ranked_prompts(Dataset.from_list([row]), tokenizer)[0]
