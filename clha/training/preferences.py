@@ -5,7 +5,6 @@ numbers and rewards are in memory while it works. Opening the result maps files,
 """
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from clha.errors import StageFailure
+from clha.store import fsync, write_atomic
 from clha.training.batches import RankedPrompt
 
 _BATCH_ROWS = 16_384
@@ -48,15 +48,21 @@ def join_preferences(
 ) -> dict[str, int]:
     """Join the Parquet shards of the tables into `folder`, one index for each split.
 
-    Does nothing where an earlier call finished. Returns the number of prompts of each split.
+    Does nothing where an earlier call finished with the same files. Returns the number of prompts of each split.
 
     Raises:
-        StageFailure: weights name a candidate or a prompt that is not there, or one twice.
+        StageFailure: weights name a candidate or a prompt that is not there (a candidate without a reward, a prompt
+            without a split), or one twice.
     """
+    tables = {
+        "candidates": candidates, "rewards": rewards, "weights": weights, "prompts": prompts, "reference": reference
+    }  # fmt: skip
+    inputs = {name: [_identity(shard) for shard in shards] for name, shards in tables.items()}
     done = folder / "joined.json"
-    if done.exists():
-        return json.loads(done.read_text())  # type: ignore[no-any-return]
+    if (counts := _finished(done, inputs, splits)) is not None:
+        return counts
     folder.mkdir(parents=True, exist_ok=True)
+    done.unlink(missing_ok=True)
     ids, numbers, prompt_rows = _copy_tokens(folder, candidates)
     known = pc.unique(ids)
     known = known.combine_chunks() if isinstance(known, pa.ChunkedArray) else known
@@ -68,6 +74,7 @@ def join_preferences(
     logp_of = _values_by_row(reference, "logp", "reference", known, width, row_of) if reference else None
     split_of = _splits_by_code(prompts, known)
     counts = dict.fromkeys(splits, 0)
+    weighed = np.zeros(len(known), dtype=bool)
     writers = {split: pa.OSFile(str(folder / f".{split}.arrow"), "wb") for split in splits}
     files = {split: pa.ipc.new_file(writers[split], _INDEX) for split in splits}
     for batch in _batches(weights, ["prompt_id", "order", "pair_weights", "sft_index", "sft_lambda"]):
@@ -76,6 +83,7 @@ def join_preferences(
             missing = batch["prompt_id"].filter(codes.is_null())[0]
             raise StageFailure(f"weights: prompt {missing} has no candidates; rebuild from rescore")
         code = codes.to_numpy().astype(np.int64)
+        _check_prompts(batch["prompt_id"], code, weighed, split_of)
         for split in splits:
             chosen = pa.array(split_of[code] == split)
             part = batch.filter(chosen)
@@ -87,9 +95,9 @@ def join_preferences(
         files[split].close()
         writers[split].close()
         (folder / f".{split}.arrow").replace(folder / f"{split}.arrow")
-    temporary = folder / ".joined.json"
-    temporary.write_text(json.dumps(counts))
-    os.replace(temporary, done)
+    for file in ("responses.arrow", "prompt_tokens.arrow", *(f"{split}.arrow" for split in splits)):
+        fsync(folder / file)
+    write_atomic(done, json.dumps({"inputs": inputs, "counts": counts}).encode())
     return counts
 
 
@@ -127,6 +135,35 @@ class Preferences:
             generator_logps=[values if len(values) else None for values in logps],
             reference_logps=reference if len(reference) else None,
         )
+
+
+def _identity(shard: Path) -> list[Any]:
+    """What tells a file from another one, and from itself when it is written anew."""
+    facts = shard.stat()
+    return [str(shard.resolve()), facts.st_size, facts.st_mtime_ns]
+
+
+def _finished(done: Path, inputs: dict[str, Any], splits: Sequence[str]) -> dict[str, int] | None:
+    """The counts of an earlier join of the same files into the same splits; None where there is none."""
+    try:
+        earlier = json.loads(done.read_text(encoding="utf-8"))
+        same = earlier["inputs"] == inputs and list(earlier["counts"]) == list(splits)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    return dict(earlier["counts"]) if same else None
+
+
+def _check_prompts(ids: pa.Array, codes: np.ndarray, weighed: np.ndarray, split_of: np.ndarray) -> None:
+    """Each prompt of some rows of weights has a split and had no row before; notes in `weighed` that it has now."""
+    first = np.zeros(len(codes), dtype=bool)
+    first[np.unique(codes, return_index=True)[1]] = True
+    again = weighed[codes] | ~first
+    if again.any():
+        raise StageFailure(f"weights: prompt {ids[int(again.argmax())]} has two rows; rebuild from rescore")
+    lost = split_of[codes] == ""
+    if lost.any():
+        raise StageFailure(f"weights: prompt {ids[int(lost.argmax())]} is not in prompts; rebuild from prepare")
+    weighed[codes] = True
 
 
 class _Mapped:
@@ -253,6 +290,8 @@ def _index_batch(
     sizes = pc.list_value_length(weights["order"]).to_numpy().astype(np.int64)
     numbers = weights["order"].flatten().to_numpy().astype(np.int64)
     rows = row_of.rows(_keys(np.repeat(codes, sizes), numbers, width), "weights")
+    if len(np.unique(rows)) < len(rows):
+        raise StageFailure("weights: order names a candidate twice; rebuild from rescore")
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
     squares = np.concatenate([[0], np.cumsum(sizes**2)]).astype(np.int32)
     pair_weights = weights["pair_weights"].flatten().flatten()

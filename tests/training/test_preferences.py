@@ -96,12 +96,46 @@ def test_a_finished_join_is_not_done_again(tmp_path: Path):
     assert (tmp_path / "joined" / "responses.arrow").stat().st_mtime_ns == made
 
 
+def test_a_prompt_weighed_twice_in_two_shards_is_a_failure(tmp_path: Path):
+    tables = three_prompts(tmp_path)
+    rows = pq.read_table(tables["weights"][0]).to_pylist()
+    tables["weights"].append(write(tmp_path, "weights", rows[1:2], WEIGHTS, 1))
+    with pytest.raises(StageFailure, match="prompt c has two rows"):
+        join_preferences(tmp_path / "joined", **tables)
+
+
+@pytest.mark.parametrize("splits", [("train", "dev"), ("train",)])
+def test_a_join_of_other_files_is_done_again(tmp_path: Path, splits: tuple[str, ...]):
+    tables, joined = three_prompts(tmp_path), tmp_path / "joined"
+    join_preferences(joined, **tables)
+    rows = pq.read_table(tables["weights"][0]).to_pylist()[:-1]
+    tables["weights"][0] = write(tmp_path, "weights", rows, WEIGHTS)
+    counts = join_preferences(joined, **tables, splits=splits)
+    assert counts == dict.fromkeys(splits, 1) and len(Preferences(joined, "train")) == 1
+    tables["weights"] = tables["weights"] * 2
+    with pytest.raises(StageFailure, match="two rows"):
+        join_preferences(joined, **tables)
+    assert not (joined / "joined.json").exists()  # what lies there now is of no inputs at all
+
+
+@pytest.mark.parametrize("left", [b"", b'{"train": 2, "dev": 1}', b'{"inputs": '])
+def test_a_note_that_is_no_note_of_this_join_does_not_count(tmp_path: Path, left: bytes):
+    tables, joined = three_prompts(tmp_path), tmp_path / "joined"
+    joined.mkdir()
+    (joined / "joined.json").write_bytes(left)
+    assert join_preferences(joined, **tables) == {"train": 2, "dev": 1}
+    assert len(Preferences(joined, "train")) == 2
+
+
 @pytest.mark.parametrize(
     ("table", "schema", "change", "match"),
     [
         ("weights", WEIGHTS, {"order": [9, 0]}, "weights name a candidate that is not in candidates"),
         ("weights", WEIGHTS, {"prompt_id": "z"}, "prompt z has no candidates"),
         ("weights", WEIGHTS, {"pair_weights": [[0.0]]}, "pair_weights do not fit"),
+        ("weights", WEIGHTS, "double", "weights: prompt b has two rows; rebuild from rescore"),
+        ("weights", WEIGHTS, {"order": [1, 1]}, "order names a candidate twice"),
+        ("prompts", PROMPTS, None, "weights: prompt a is not in prompts; rebuild from prepare"),
         ("rewards", REWARDS, {"candidate_id": 9}, "rewards name a candidate that is not in candidates"),
         ("rewards", REWARDS, None, "has no reward"),
         ("candidates", CANDIDATES, "double", "two rows with one id"),
