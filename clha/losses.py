@@ -322,7 +322,7 @@ def _check_sorted(rewards: Tensor, mask: Tensor) -> None:
         raise ValueError("rewards hold NaN")
     lowest = torch.where(mask, rewards, torch.full_like(rewards, torch.inf)).cummin(1).values
     if bool((mask & (rewards > lowest)).any()):
-        raise ValueError("rewards must be sorted, best first, where no pair_weights are given")
+        raise ValueError("rewards must be sorted, best first")
 
 
 def _check_shapes(

@@ -314,6 +314,8 @@ class Settings(Group):
             raise ValueError(f"{fitted[0]}.reward.type is fitted, but there is no fit_reward")
         if self.rescore.sft_threshold == "fitted" and self.rescore.reward.type != "fitted":
             raise ValueError("rescore.sft_threshold is fitted, but rescore.reward.type is not: give a number")
+        if self.train.loss == "pro" and self.rescore.rank_by != "reward":
+            raise ValueError("train.loss pro needs rescore.rank_by: reward, it is label; or take another loss")
         longest = self.generate.max_prompt_tokens + max(self.generate.max_tokens, self.evaluate.max_tokens)
         if longest > self.generate.engine.max_model_len:
             raise ValueError(

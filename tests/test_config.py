@@ -175,6 +175,14 @@ def test_a_wrong_override_is_one_line_that_names_the_key(file: Path, override: s
     assert "\n" not in str(caught.value)
 
 
+def test_pro_needs_reward_order_and_the_others_do_not(file: Path):
+    with pytest.raises(UserError) as caught:
+        load_settings(file, overrides=["train.loss=pro", "rescore.rank_by=label"])
+    assert str(caught.value).endswith("train.loss pro needs rescore.rank_by: reward, it is label; or take another loss")
+    assert load_settings(file, overrides=["train.loss=pro"])[1].train.loss == "pro"
+    assert load_settings(file, overrides=["train.loss=rrhf", "rescore.rank_by=label"])[1].train.loss == "rrhf"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -257,6 +257,12 @@ def test_pro_by_hand():
     assert float(result.total) == pytest.approx(first + second + 0.4)
 
 
+def test_pro_refuses_unsorted_rewards_and_names_nothing_that_it_does_not_have():
+    with pytest.raises(ValueError, match="rewards must be sorted, best first") as caught:
+        losses.pro_loss(tensor([[-1.0, -2.0]]), torch.ones(1, 2), tensor([[1.0, 2.0]]))
+    assert "pair_weights" not in str(caught.value)
+
+
 def test_the_baselines_ignore_absent_candidates():
     mask = torch.tensor([[True, True, False]])
     sums, lengths, rewards = tensor([[-4.0, -1.0, math.nan]]), torch.tensor([[2, 1, 0]]), tensor([[2.0, 1.0, math.nan]])
