@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 from transformers.utils import PushInProgress
 
 from clha.training.checkpoints import last_checkpoint, mark_complete
@@ -44,13 +44,14 @@ class SavingTrainer(Trainer):
         self.add_callback(LogWhereSaved())
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As any Trainer's; with `resume_from_checkpoint=True` a half-written checkpoint is removed, in one line."""
+        """As any Trainer's; with `resume_from_checkpoint=True` half-written checkpoints are passed over, a line each."""
         if resume_from_checkpoint is True:
             with self.args.main_process_first(local=False, desc="looking for checkpoints"):
                 found = last_checkpoint(Path(self.args.output_dir or "."), _LOG.warning)
             if found is None:
                 raise ValueError(
-                    f"no complete checkpoint in {self.args.output_dir}; train without resume_from_checkpoint"
+                    f"no complete checkpoint in {self.args.output_dir}; train without resume_from_checkpoint, "
+                    "or give it the path of another trainer's checkpoint"
                 )
             resume_from_checkpoint = str(found)
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -60,10 +61,18 @@ class SavingTrainer(Trainer):
         Path(output_dir or self.args.output_dir or ".", TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        # Older ones go when the new one is complete: what is left besides may be half-written.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            mark_complete(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
+            folder = self._get_output_dir(trial)
+            mark_complete(Path(folder) / f"checkpoint-{self.state.global_step}")
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(folder, limit, best_model_checkpoint=best, use_mtime=True)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Upload a checkpoint's model, as `hub_strategy` says; transformers' own would add pickled arguments.
