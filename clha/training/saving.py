@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import HubStrategy, rotate_checkpoints
+from transformers.trainer_utils import HubStrategy, SaveStrategy, rotate_checkpoints
 from transformers.utils import PushInProgress
 
 from clha.training.checkpoints import last_checkpoint, mark_complete
@@ -27,24 +27,11 @@ _FOR_RESUMING = (
 )
 
 
-class LogWhereSaved(TrainerCallback):
-    """A checkpoint holds no half of a log interval: what a run measured does not depend on where it was resumed."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        control.should_log |= control.should_save
-
-    on_epoch_end = on_step_end
-
-
 class SavingTrainer(Trainer):
     """A Trainer that marks whole checkpoints, resumes from those only, and leaves no pickled arguments."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.add_callback(LogWhereSaved())
-
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As any Trainer's; with `resume_from_checkpoint=True` half-written checkpoints are passed over, a line each."""
+        """As any Trainer's; with `resume_from_checkpoint=True` half-written ones are passed over, each in a line."""
         if resume_from_checkpoint is True:
             with self.args.main_process_first(local=False, desc="looking for checkpoints"):
                 found = last_checkpoint(Path(self.args.output_dir or "."), _LOG.warning)
@@ -59,6 +46,13 @@ class SavingTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         Path(output_dir or self.args.output_dir or ".", TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        # A checkpoint holds no half of a log interval: what a run measured does not depend on where it was resumed.
+        # With save_strategy "best" an evaluation may make one.
+        may_save = self.args.save_strategy == SaveStrategy.BEST and self.control.should_evaluate
+        self.control.should_log |= self.control.should_save or may_save
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # Older ones go when the new one is complete: what is left besides may be half-written.

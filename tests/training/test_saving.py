@@ -268,6 +268,21 @@ def test_a_checkpoint_between_two_logs_loses_no_metrics(tmp_path: Path):
         }
 
 
+def test_where_only_the_best_are_saved_nothing_measured_is_lost_either(tmp_path: Path):
+    """Logs every 4 steps; the first evaluation is the best until then, so that checkpoint-1 cuts an interval."""
+    settings = {"max_steps": 4, "logging_steps": 4, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best"}
+    settings["metric_for_best_model"] = "rewards/accuracies"
+    whole = trainer(tmp_path, **settings)
+    whole.train()
+    again = trainer(tmp_path, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    ours, theirs = (metric_rows(made.state.log_history) for made in (again, whole))
+    assert [row["step"] for row in ours] == [1, 2, 3, 4]
+    for mine, other in zip(ours, theirs, strict=True):
+        for name in ("loss", "loss/sft", "rewards/margins", "num_tokens", "eval_loss"):
+            assert mine[name] == other[name], name
+
+
 def test_resuming_alone_without_a_whole_checkpoint_says_so(tmp_path: Path):
     with pytest.raises(ValueError, match="no complete checkpoint in .*; train without resume_from_checkpoint"):
         trainer(tmp_path).train(resume_from_checkpoint=True)
