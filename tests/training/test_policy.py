@@ -321,6 +321,7 @@ def test_flex_attention_and_its_gradients_equal_attention_written_out(window: in
     """Prompt 150 and responses 140, 1 and 70, in a row of 384; what the padding behind them sees counts nowhere."""
     from clha.training.batches import Segments
 
+    segments = Segments(384, [(0, 150, [(150, 290), (290, 291), (291, 361)])])
     torch.manual_seed(0)
     states = [torch.randn(1, heads, 384, 16, device="cuda", requires_grad=True) for heads in (4, 2, 2)]
     upstream = torch.randn(1, 361, 4, 16, device="cuda")
@@ -329,7 +330,6 @@ def test_flex_attention_and_its_gradients_equal_attention_written_out(window: in
         lambda *x: attention._flex(module, *x, segments, 0.3, window, softcap),
         lambda *x: attention._plain(*x, segments, 0.3, window, softcap, 0.0),
     ):
-        segments = Segments(384, [(0, 150, [(150, 290), (290, 291), (291, 361)])])
         out = function(*states)[:, :361]
         results.append([out, *torch.autograd.grad(out, states, upstream)])
     for ours, theirs in zip(*results, strict=True):
