@@ -159,7 +159,6 @@ def _arguments(settings: Settings, job: Job, *, evaluates: bool) -> Any:
 
     s = settings.train
     micro = s.micro_batch_prompts or s.batch_prompts // s.processes
-    best = s.keep_best and evaluates
     # A checkpoint between two rows of metrics adds one, and no execution setting may change the table.
     checkpoint_steps = -(-s.checkpoint_steps // s.logging_steps) * s.logging_steps
     more: dict[str, Any] = {}
@@ -199,10 +198,10 @@ def _arguments(settings: Settings, job: Job, *, evaluates: bool) -> Any:
         eval_on_start=evaluates and job.resume is None,
         save_strategy="steps",
         # The best weights can only be those of a checkpoint: with keep_best each evaluation makes one.
-        save_steps=(s.eval_steps or checkpoint_steps) if best else checkpoint_steps,
-        load_best_model_at_end=best,
-        metric_for_best_model="rewards/accuracies" if best else None,
-        greater_is_better=True if best else None,
+        save_steps=(s.keep_best and s.eval_steps) or checkpoint_steps,
+        load_best_model_at_end=s.keep_best,
+        metric_for_best_model="rewards/accuracies" if s.keep_best else None,
+        greater_is_better=True if s.keep_best else None,
         restore_callback_states_from_checkpoint=bool(s.patience),
         save_total_limit=2,
         report_to="none",

@@ -75,12 +75,13 @@ class Segments:
         """Number of (query, key) pairs that attention has to compute, for counting FLOPs."""
         total = 0
         for start, end, responses in self.groups:
-            total += _causal_pairs(0, end - start, window)
-            total += sum(_causal_pairs(end - start, b - a, window) for a, b in responses)
+            total += causal_pairs(0, end - start, window)
+            total += sum(causal_pairs(end - start, b - a, window) for a, b in responses)
         return total
 
 
-def _causal_pairs(before: int, length: int, window: int | None) -> int:
+def causal_pairs(before: int, length: int, window: int | None) -> int:
+    """Pairs of `length` queries with the keys up to each, `before` keys ahead of them, within a window of keys."""
     seen = np.arange(before + 1, before + length + 1)
     return int((seen if window is None else np.minimum(seen, window)).sum())
 
@@ -179,16 +180,16 @@ def split_by_tokens(prompts: Sequence[RankedPrompt], budget: int, packed: bool =
 
     A prompt that is longer by itself gets a micro-batch of its own. Padded layouts count padding.
     """
-    size = (lambda p: p.packed_tokens) if packed else (lambda p: len(p) * p.longest)
-    ordered = sorted(range(len(prompts)), key=lambda i: (-size(prompts[i]), i))
-    needed = max(1, -(-sum(size(p) for p in prompts) // budget))
+    sizes = [_cost([prompt], packed) for prompt in prompts]
+    ordered = sorted(range(len(prompts)), key=lambda i: (-sizes[i], i))
+    needed = max(1, -(-sum(sizes) // budget))
     bins: list[list[int]] = [[] for _ in range(needed)]
     for i in ordered:
         fitting = [b for b in bins if not b or _cost([prompts[j] for j in (*b, i)], packed) <= budget]
         if not fitting:
             bins.append([i])
         else:
-            min(fitting, key=lambda b: sum(size(prompts[j]) for j in b)).append(i)
+            min(fitting, key=lambda b: sum(sizes[j] for j in b)).append(i)
     return [[prompts[i] for i in sorted(b)] for b in bins if b]
 
 

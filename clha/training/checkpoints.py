@@ -10,9 +10,10 @@ was cut off, also where zeros stand in for it, is always seen; damage within a l
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
+
+from clha.errors import TransientFailure
 
 _MARK = "complete.json"
 # Files up to 64 MiB are read whole; of larger ones 64 pieces at equal distances, the first and the last among them.
@@ -35,11 +36,14 @@ def mark_complete(folder: Path) -> None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the checkpoint was finished and its files are still those that were listed."""
+    """Whether the checkpoint was finished and its files are still those that were listed.
+
+    Raises OSError where that cannot be told because a file cannot be read.
+    """
     try:
         listed = json.loads((folder / _MARK).read_text())
         return bool(listed) and all(_seen(folder / name) == seen for name, seen in listed.items())
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return False
 
 
@@ -56,15 +60,21 @@ def _seen(path: Path) -> list[int | str]:
 
 
 def last_checkpoint(folder: Path, log: Callable[[str], None]) -> Path | None:
-    """The newest complete checkpoint in `folder`, or None. Half-written ones are removed, with one line each."""
+    """The newest complete checkpoint in `folder`, or None. Others are passed over, with one line each, and left alone.
+
+    What has no list may as well be another trainer's. Raises TransientFailure where a checkpoint cannot be read.
+    """
     found = []
     for path in folder.glob("checkpoint-*"):
         number = path.name.removeprefix("checkpoint-")
         if path.is_dir() and number.isdigit():
             found.append((int(number), path))
     for _, path in sorted(found, reverse=True):
-        if is_complete(path):
-            return path
-        log(f"{path.name} is half-written; the one before it is taken")
-        shutil.rmtree(path)
+        try:
+            if is_complete(path):
+                return path
+        except OSError as error:
+            raise TransientFailure(f"{path.name} cannot be read ({error}); nothing was changed, try again") from error
+        kind = "half-written" if (path / _MARK).exists() else "half-written or another trainer's"
+        log(f"{path.name} is {kind}; the one before it is taken")
     return None

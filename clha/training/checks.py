@@ -57,9 +57,16 @@ def check_finite(value: float, what: str, step: int, prompt_ids: Sequence[str], 
     """
     if math.isfinite(value):
         return
-    good = [p for p in checkpoints.glob("checkpoint-*") if is_complete(p)]
+    good = [p for p in checkpoints.glob("checkpoint-*") if _is_good(p)]
     last = max(good, key=lambda p: int(p.name.rpartition("-")[2])).name if good else "none"
     raise StageFailure(
         f"train: {what} is {value} in step {step}; prompts {', '.join(prompt_ids)}; "
         f"last good checkpoint: {last}; lower the learning rate or look at these prompts"
     )
+
+
+def _is_good(checkpoint: Path) -> bool:
+    try:
+        return is_complete(checkpoint)
+    except OSError:  # what stops the run is told first; a checkpoint that cannot be read is told on resuming
+        return False

@@ -5,31 +5,50 @@ from typing import Any
 
 import torch
 
-from clha.training.batches import MicroBatch
+from clha.training.batches import MicroBatch, causal_pairs
 
 
 def training_flops(model: Any, batch: MicroBatch) -> float:
-    """Floating-point operations of forward and backward (3 times forward) that `batch` needs.
+    """Floating-point operations of forward and backward that `batch` needs.
 
     Counted: products with weight matrices for every token that had to be computed, the output embedding where a
-    response token is predicted, attention over the pairs that are attended to. Recomputation does not count.
+    response token is predicted, attention over the pairs that each layer's window leaves. Backward takes twice the
+    forward, of a frozen matrix (under an adapter) once, for its inputs alone. Recomputation does not count.
     """
     config = model.config.get_text_config()
     head = model.get_output_embeddings()
     embedding = model.get_input_embeddings()
     skipped = {id(embedding.weight)} | ({id(head.weight)} if head is not None else set())
-    body = sum(p.numel() for p in model.base_model.parameters() if p.dim() == 2 and id(p) not in skipped)
-    output = head.weight.numel() if head is not None else 0
+    matrices = [p for p in model.base_model.parameters() if p.dim() == 2 and id(p) not in skipped]
+    body = sum(_per_row(p) for p in matrices)
+    output = _per_row(head.weight) if head is not None else 0
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    windows = _windows(config)
+    pairs = sum(_pairs(batch, window) * windows.count(window) for window in set(windows))
+    # Forward: queries with keys, shares with values; backward: twice that.
+    attention = 3 * 2 * 2 * pairs * heads * width
+    return float(batch.tokens * body + len(batch.predict_at) * output + attention)
+
+
+def _per_row(matrix: torch.Tensor) -> int:
+    """Operations of its products with one row: forward, for the gradient of the row, and for its own if trained."""
+    return 2 * matrix.numel() * (3 if matrix.requires_grad else 2)
+
+
+def _windows(config: Any) -> list[int | None]:
+    """How many keys each layer's attention sees at most, None for all."""
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def _pairs(batch: MicroBatch, window: int | None) -> int:
+    """Pairs of query and key in one layer."""
     if batch.segments is not None:
-        pairs = batch.segments.attended_pairs()
-    else:
-        assert batch.attention_mask is not None
-        lengths = batch.attention_mask.sum(1)
-        pairs = int((lengths * (lengths + 1) // 2).sum())
-    attention = 2 * pairs * heads * width * config.num_hidden_layers
-    return 6.0 * (batch.tokens * body + len(batch.predict_at) * output + attention)
+        return batch.segments.attended_pairs(window)
+    assert batch.attention_mask is not None
+    return sum(causal_pairs(0, length, window) for length in batch.attention_mask.sum(1).tolist())
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype = torch.float32, rows: int = 1024, width: int = 1024) -> float:

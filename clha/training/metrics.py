@@ -27,14 +27,16 @@ _SUMS = (
     "flops",
     "prompts",
 )
+_LOSSES_IN_PARTS = ("clha", "rrhf", "pro")  # a contrastive (or ranking) part and an SFT part
 
 
 class Sums:
-    """Sums of what the metrics are made of; float64."""
+    """Sums of what the metrics of `loss` are made of; float64."""
 
-    def __init__(self) -> None:
+    def __init__(self, loss: str) -> None:
         self.values = torch.zeros(len(_SUMS), dtype=torch.float64)
-        self._has_parts = False
+        # By its name: a process that got no prompt must write the same columns as the others.
+        self._has_parts = loss in _LOSSES_IN_PARTS
 
     def add(self, **sums: float) -> None:
         for name, value in sums.items():
@@ -46,7 +48,6 @@ class Sums:
         lengths, mask = batch.response_lengths.cpu(), batch.candidate_mask.cpu()
         scores = sums / lengths.clamp(min=1)
         weights = batch.pair_weights.double().cpu()
-        self._has_parts = "sft" in parts
         present = torch.triu(mask[:, :, None] & mask[:, None, :], diagonal=1)
         strength = torch.maximum(weights, weights.transpose(1, 2))
         kept = present & (strength > 0)
@@ -101,8 +102,8 @@ class Sums:
 class Pace:
     """The sums of the steps since the last log, and the time that the steps themselves took."""
 
-    def __init__(self) -> None:
-        self.sums, self.steps, self._since = Sums(), 0, 0.0
+    def __init__(self, loss: str) -> None:
+        self.sums, self.steps, self._since = Sums(loss), 0, 0.0
 
     def step(self) -> None:
         """A step begins."""

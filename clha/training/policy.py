@@ -41,11 +41,11 @@ def attach(model: PreTrainedModel, share_prompts: bool = True, logits_bytes: int
     causal = causal_model(model)
     detach(model)
     causal._clha_original = (causal.forward, causal.config._attn_implementation)
-    eager = causal.config._attn_implementation
-    reference_attention = "eager" if _softcaps(causal) else eager
+    own_attention = causal.config._attn_implementation
+    reference_attention = "eager" if _softcaps(causal) else own_attention
     abilities = _find_out(causal, share_prompts, reference_attention)
     causal.set_attn_implementation(attention.NAME if abilities.shares_prompts else reference_attention)
-    causal.forward = types.MethodType(_forward(causal, abilities, eager, logits_bytes), causal)
+    causal.forward = types.MethodType(_forward(causal, abilities, own_attention, logits_bytes), causal)
     return abilities
 
 
@@ -166,9 +166,10 @@ def _find_out(causal: Any, share_prompts: bool, reference_attention: str) -> Abi
         padded = pad(prompts).to(device)
         want = _trial(causal, padded, False)
         plain_head = plain_head and _near(_trial(causal, padded, True), want, tolerance)
+        name, stretched = type(causal).__name__, _stretched_positions(causal)
         if not share_prompts:
-            return Abilities(False, plain_head)
-        reason = _cannot_share(causal)
+            return Abilities(False, plain_head, f"{name}: {stretched}" if stretched else "")
+        reason = stretched or _cannot_share(causal)
         if not reason:
             attention.register()
             causal.set_attn_implementation(attention.NAME)
@@ -178,7 +179,6 @@ def _find_out(causal: Any, share_prompts: bool, reference_attention: str) -> Abi
                 reason = _difference(causal, packed, got, want, tolerance)
             except (NotImplementedError, TypeError, RuntimeError, ValueError) as error:
                 reason = str(error).splitlines()[0]
-        name = type(causal).__name__
         line = f"{name}: prompts are not shared among responses ({reason}); padded rows instead" if reason else ""
         return Abilities(not reason, plain_head, line)
     finally:
@@ -216,6 +216,22 @@ def _cannot_share(causal: Any) -> str:
         return f"it has layers of kind {', '.join(sorted(kinds))}"
     if not getattr(causal, "_supports_attention_backend", False):
         return "its attention cannot be replaced"
+    return ""
+
+
+def _stretched_positions(causal: Any) -> str:
+    """Why a response's numbers may depend on what is computed beside it, packed or padded, or ""."""
+    config = causal.config.get_text_config()
+    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    longest = getattr(config, "max_position_embeddings", None)
+    for part in (given, *given.values()):  # one for all layers, or one for each kind of layer
+        kind = str(part.get("rope_type", part.get("type"))) if isinstance(part, dict) else ""
+        if "dynamic" in kind or kind == "longrope":
+            longest = part.get("original_max_position_embeddings") or longest
+            return (
+                f"its {kind} rotary positions are scaled by the longest row: beyond {longest} tokens, "
+                "log-probabilities depend on what else is in the batch, in padded rows too"
+            )
     return ""
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, SaveStrategy, rotate_checkpoints
 from transformers.utils import PushInProgress
 
 from clha.training.checkpoints import last_checkpoint, mark_complete
@@ -27,30 +27,18 @@ _FOR_RESUMING = (
 )
 
 
-class LogWhereSaved(TrainerCallback):
-    """A checkpoint holds no half of a log interval: what a run measured does not depend on where it was resumed."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        control.should_log |= control.should_save
-
-    on_epoch_end = on_step_end
-
-
 class SavingTrainer(Trainer):
     """A Trainer that marks whole checkpoints, resumes from those only, and leaves no pickled arguments."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.add_callback(LogWhereSaved())
-
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As any Trainer's; with `resume_from_checkpoint=True` a half-written checkpoint is removed, in one line."""
+        """As any Trainer's; with `resume_from_checkpoint=True` half-written ones are passed over, each in a line."""
         if resume_from_checkpoint is True:
             with self.args.main_process_first(local=False, desc="looking for checkpoints"):
                 found = last_checkpoint(Path(self.args.output_dir or "."), _LOG.warning)
             if found is None:
                 raise ValueError(
-                    f"no complete checkpoint in {self.args.output_dir}; train without resume_from_checkpoint"
+                    f"no complete checkpoint in {self.args.output_dir}; train without resume_from_checkpoint, "
+                    "or give it the path of another trainer's checkpoint"
                 )
             resume_from_checkpoint = str(found)
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -59,11 +47,26 @@ class SavingTrainer(Trainer):
         super()._save(output_dir, state_dict)
         Path(output_dir or self.args.output_dir or ".", TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        # A checkpoint holds no half of a log interval: what a run measured does not depend on where it was resumed.
+        # With save_strategy "best" an evaluation may make one.
+        may_save = self.args.save_strategy == SaveStrategy.BEST and self.control.should_evaluate
+        self.control.should_log |= self.control.should_save or may_save
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        # Older ones go when the new one is complete: what is left besides may be half-written.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            mark_complete(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
+            folder = self._get_output_dir(trial)
+            mark_complete(Path(folder) / f"checkpoint-{self.state.global_step}")
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(folder, limit, best_model_checkpoint=best, use_mtime=True)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Upload a checkpoint's model, as `hub_strategy` says; transformers' own would add pickled arguments.

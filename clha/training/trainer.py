@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import AutoModelForCausalLM, set_seed
 from transformers.trainer_utils import EvalLoopOutput
@@ -76,7 +77,7 @@ class ClhaTrainer(SavingTrainer):
         self._layout = Layout(self.abilities.shares_prompts, args.device, pad_token_id)
         self.train_dataset, self.eval_dataset = self._prompts(train_dataset), self._prompts(eval_dataset)
         self._candidates = getattr(self.train_dataset, "max_candidates", 2)
-        self._pace, self._checked = Pace(), False
+        self._pace, self._checked = Pace(args.loss), False
         self._peak: float | None = None
 
     def _prompts(self, dataset: Any) -> Any:
@@ -99,7 +100,10 @@ class ClhaTrainer(SavingTrainer):
         self._pace.step()
         samples = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         self._parts = float(self._summed(torch.tensor([float(sum(map(bool, samples)))])))
-        counted = count([prompt for batch in samples for prompt in batch], self._candidates)
+        prompts = [prompt for batch in samples for prompt in batch]
+        # Here, where all processes meet anyway: once something is not finite, not all of them may come.
+        self._prompt_ids = self._from_all([prompt.prompt_id for prompt in prompts])
+        counted = count(prompts, self._candidates)
         return samples, Denominators.from_tensor(self._summed(counted.tensor()))
 
     def _summed(self, values: Tensor) -> Tensor:
@@ -107,6 +111,10 @@ class ClhaTrainer(SavingTrainer):
         if self.args.world_size == 1:
             return values
         return self.accelerator.reduce(values.to(self.args.device), reduction="sum").cpu()
+
+    def _from_all(self, values: list[str]) -> list[str]:
+        """The lists of all processes, one after the other."""
+        return values if self.args.world_size == 1 else gather_object(values)
 
     def _micro_batches(self, prompts: list[RankedPrompt]) -> list[tuple[MicroBatch, float]]:
         """Prompts laid out for the model within the token budget, each layout with its weight in the loss.
@@ -123,20 +131,21 @@ class ClhaTrainer(SavingTrainer):
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward over `inputs`, a list of prompts. Returns the loss as it enters the log."""
-        over, scale = num_items_in_batch, float(self.args.world_size)  # data parallelism averages gradients
+        over, share = num_items_in_batch, 1.0
         if self.args.normalization == "reference":
-            over, scale = count(inputs, self._candidates), scale / self._parts  # the mean over all that are not empty
-        self._prompt_ids = [prompt.prompt_id for prompt in inputs]
+            over, share = count(inputs, self._candidates), 1.0 / self._parts  # the mean over all that are not empty
         batches = self._micro_batches(inputs)
         if self.state.global_step == 0 and not self._checked:
-            self._check_generator(model, batches[0][0])
+            with self._pace.paused():
+                self._check_generator(model, batches[0][0])
         model.train()
         total = torch.zeros((), device=self.args.device)
         for i, (batch, weight) in enumerate(batches):
             with contextlib.nullcontext() if i == len(batches) - 1 else self.accelerator.no_sync(model):
                 parts, sums = self._objective(model, batch, over)
-                loss = parts["total"] * (scale * weight)
-                self._check_finite(loss, "the loss")
+                parts = {name: value * share for name, value in parts.items()}
+                loss = parts["total"] * (weight * self.args.world_size)  # data parallelism averages gradients
+                self._check_finite(loss, "the loss", self.state.global_step + 1)
                 self.accelerator.backward(loss)
             if weight:
                 self._pace.sums.add_batch(sums, batch, parts)
@@ -160,13 +169,14 @@ class ClhaTrainer(SavingTrainer):
             known = torch.full_like(logps, torch.nan) if known is None else known.cpu()
             self.notes.append(checks.check_generator_logps(logps, known, self.args.logprob_tolerance))
 
-    def _check_finite(self, value: Tensor, what: str, steps_done: int = 0) -> None:
-        folder, step = Path(self.args.output_dir or "."), self.state.global_step + 1 - steps_done
+    def _check_finite(self, value: Tensor, what: str, step: int) -> None:
+        folder = Path(self.args.output_dir or ".")
         checks.check_finite(float(value.detach()), what, step, self._prompt_ids, folder)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self._check_finite(torch.as_tensor(0.0 if norm is None else norm), "the gradient norm")
+        value = torch.as_tensor(0.0 if norm is None else norm)
+        self._check_finite(value, "the gradient norm", self.state.global_step + 1)
         return norm
 
     @torch.no_grad()
@@ -175,12 +185,13 @@ class ClhaTrainer(SavingTrainer):
         prefix, dataset, args = kwargs.get("metric_key_prefix", "eval"), self._prompts(dataloader.dataset), self.args
         model, was_training = self.model_wrapped, self.model_wrapped.training
         model.eval()
-        sums, over = Sums(), count((dataset[i] for i in range(len(dataset))), dataset.max_candidates)
-        step = args.per_device_eval_batch_size * args.world_size
+        sums, size = Sums(args.loss), args.per_device_eval_batch_size
         with self._pace.paused():
-            for start in range(0, len(dataset), step):
-                mine = range(start, min(start + step, len(dataset)))[args.process_index :: args.world_size]
-                for batch, weight in self._micro_batches([dataset[i] for i in mine]):
+            # Read once: text is tokenised when it is read.
+            mine = [dataset[i] for i in range(args.process_index, len(dataset), args.world_size)]
+            over = Denominators.from_tensor(self._summed(count(mine, dataset.max_candidates).tensor()))
+            for start in range(0, -(-len(dataset) // args.world_size), size):
+                for batch, weight in self._micro_batches(mine[start : start + size]):
                     parts, logps = self._objective(model, batch, over)
                     if weight:
                         sums.add_batch(logps, batch, parts)
@@ -196,12 +207,13 @@ class ClhaTrainer(SavingTrainer):
             self.state.num_input_tokens_seen += int(self._pace.sums["tokens"])
             if self._peak is None:
                 dtype = torch.bfloat16 if self.args.bf16 else torch.float32
-                self._peak = peak_flops(self.args.device, dtype) * self.args.world_size
+                with self._pace.paused():
+                    self._peak = peak_flops(self.args.device, dtype) * self.args.world_size
             logs |= self._pace.metrics(self._peak) | {"num_tokens": self.state.num_input_tokens_seen}
-            self._pace = Pace()
+            self._pace = Pace(self.args.loss)
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self._pace.paused():
-            self._check_finite(self._summed(checks.largest_weights(model)), "a weight", steps_done=1)
+            self._check_finite(self._summed(checks.largest_weights(model)), "a weight", self.state.global_step)
             super()._save_checkpoint(model, trial)

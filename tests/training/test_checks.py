@@ -58,6 +58,23 @@ def test_an_infinite_gradient_stops_before_the_weights_change(tmp_path: Path):
     assert torch.equal(weights(model), before)
 
 
+def test_an_infinite_gradient_names_all_prompts_of_the_step(tmp_path: Path):
+    """Eight prompts in four pieces; the second alone is to blame, which the sum of gradients does not tell."""
+    model, passes = small_llama(), []
+
+    def spoil(grad: torch.Tensor) -> torch.Tensor:
+        passes.append(grad)
+        return grad * (math.inf if len(passes) == 2 else 1.0)
+
+    model.model.norm.weight.register_hook(spoil)
+    cut = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    made = trainer(tmp_path, model=model, data=Prompts(8), **cut)
+    with pytest.raises(StageFailure, match="the gradient norm is .* in step 1") as caught:
+        made.train()
+    named = str(caught.value).partition("prompts ")[2].partition(";")[0].split(", ")
+    assert sorted(named) == sorted(prompt.prompt_id for prompt in Prompts(8).items) and len(passes) == 4
+
+
 def generated(model, prompts: Prompts, shift: float) -> Prompts:
     """The same prompts with the model's own log-probabilities, `shift` nats off, as what a generator reported."""
     policy.attach(model)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from training_cases import VOCABULARY, Prompts
@@ -17,6 +18,7 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -151,6 +153,45 @@ def test_padded_rows_on_request_equal_separate_passes(name: str):
     check_against_separate_passes(model, packed=False)
 
 
+STRETCHED = {
+    "dynamic": LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0}),
+    "longrope": Phi3Config(
+        **SMALL,
+        original_max_position_embeddings=16,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10_000.0,
+            "original_max_position_embeddings": 16,
+            "partial_rotary_factor": 1.0,
+            "short_factor": [1.0] * 8,
+            "long_factor": [4.0] * 8,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", STRETCHED)
+@pytest.mark.parametrize("share_prompts", [True, False])
+def test_positions_that_the_longest_row_stretches_are_told_in_one_line(kind: str, share_prompts: bool):
+    """Short prompts do not show it: the trial against the model's own forward finds no difference."""
+    abilities = policy.attach(make(STRETCHED[kind]).eval(), share_prompts)
+    assert not abilities.shares_prompts and "\n" not in abilities.reason
+    limit = {"dynamic": 256, "longrope": 16}[kind]
+    assert f"its {kind} rotary positions are scaled by the longest row: beyond {limit} tokens" in abilities.reason
+    assert ("padded rows instead" in abilities.reason) is share_prompts
+
+
+def test_positions_that_the_longest_row_stretches_do_depend_on_neighbours():
+    """What the line says: alone, 13 tokens are within 16; beside a row of 20 they are taken for long ones."""
+    model = make(STRETCHED["longrope"]).eval()
+    policy.attach(model)
+    short, long = (
+        RankedPrompt("x", np.arange(size), [np.arange(8)], np.zeros(1), np.zeros((1, 1)), 0, 1.0) for size in (6, 13)
+    )
+    alone, beside = (sums_of(model, pad(prompts))[0, 0] for prompts in ([short], [short, long]))
+    assert abs((alone - beside).item()) > 1e-3
+
+
 def test_a_head_that_is_more_than_a_product_uses_the_models_own_logits():
     class Doubled(torch.nn.Linear):
         def forward(self, states: torch.Tensor) -> torch.Tensor:
@@ -223,15 +264,73 @@ def test_the_block_mask_of_flex_attention_is_the_same_rule():
         assert bool(got.any(1).all())  # no row without a key: softmax over nothing is NaN
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", ["llama", "mistral with a window", "gemma2"])
-def test_shared_prompts_equal_separate_passes_on_cuda(name: str):
-    model = make(SHARING[name]).eval().cuda()
+# -- on a CUDA device --------------------------------------------------------------------------------------------
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def distances(name: str, device: str, *, bf16: bool = False, checkpointing: bool = False) -> tuple[float, float]:
+    """How far shared prompts on `device` are from separate passes in float32 on the CPU: the largest difference of a
+    sum of log-probabilities, and the relative difference of the gradient."""
+    model = make(SHARING[name]).eval().to(device)
     assert policy.attach(model).shares_prompts
     prompts = Prompts(5).items
-    batch = pack(prompts, multiple_of=128).to(torch.device("cuda"))
-    got = sums_of(model, batch).cpu()
+    batch = pack(prompts, multiple_of=128).to(torch.device(device))
+    upstream = torch.randn(batch.candidate_mask.shape, generator=torch.Generator().manual_seed(3))
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    with torch.autocast(device, torch.bfloat16, enabled=bf16):
+        got = sums_of(model, batch)
+    ours = gradients(model, got, upstream.to(device)).cpu()
     policy.detach(model)
-    model.cpu().set_attn_implementation("eager")
-    torch.testing.assert_close(got, separate_passes(model, prompts, got.shape[1]), atol=1e-2, rtol=0)
+    if checkpointing:
+        model.gradient_checkpointing_disable()
+    model.cpu().eval().set_attn_implementation("eager")
+    want = separate_passes(model, prompts, got.shape[1])
+    theirs = gradients(model, want, upstream)
+    apart = (got.detach().cpu() - want.detach()).abs().max()
+    return float(apart), float((ours - theirs).norm() / theirs.norm())
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("name", ["llama", "mistral with a window", "gemma2"])
+def test_shared_prompts_equal_separate_passes_on_cuda_gradients_too(name: str, checkpointing: bool):
+    apart, gradient = distances(name, "cuda", checkpointing=checkpointing)
+    assert apart < 1e-2 and gradient < 1e-2
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=(pytest.mark.gpu, needs_cuda))])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("name", ["llama", "mistral with a window"])
+def test_gradients_computed_in_bfloat16_are_those_of_float32_within_its_precision(
+    name: str, checkpointing: bool, device: str
+):
+    """bfloat16 has 8 bits: 0.4% for each product, and three layers of them."""
+    apart, gradient = distances(name, device, bf16=True, checkpointing=checkpointing)
+    assert 0 < gradient < 0.1 and apart < 1.0
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("window", [None, 5, 70])
+def test_flex_attention_and_its_gradients_equal_attention_written_out(window: int | None, softcap: float | None):
+    """Prompt 150 and responses 140, 1 and 70, in a row of 384; what the padding behind them sees counts nowhere."""
+    from clha.training.batches import Segments
+
+    segments = Segments(384, [(0, 150, [(150, 290), (290, 291), (291, 361)])])
+    torch.manual_seed(0)
+    states = [torch.randn(1, heads, 384, 16, device="cuda", requires_grad=True) for heads in (4, 2, 2)]
+    upstream = torch.randn(1, 361, 4, 16, device="cuda")
+    module, results = torch.nn.Module(), []
+    for function in (
+        lambda *x: attention._flex(module, *x, segments, 0.3, window, softcap),
+        lambda *x: attention._plain(*x, segments, 0.3, window, softcap, 0.0),
+    ):
+        out = function(*states)[:, :361]
+        results.append([out, *torch.autograd.grad(out, states, upstream)])
+    for ours, theirs in zip(*results, strict=True):
+        assert float((ours - theirs).norm() / theirs.norm()) < 1e-2

@@ -17,6 +17,7 @@ from training_cases import Prompts, config, small_llama, trainer, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
 
 from clha import ClhaConfig, ClhaTrainer
+from clha.errors import TransientFailure
 from clha.training import checkpoints
 from clha.training.checkpoints import is_complete, last_checkpoint, mark_complete
 from clha.training.metrics import metric_rows
@@ -205,6 +206,52 @@ def test_resuming_alone_passes_over_a_half_written_checkpoint_in_one_line(
     assert is_complete(tmp_path / "run" / "checkpoint-4")
 
 
+def test_what_another_trainer_wrote_is_passed_over_and_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """A plain Trainer's checkpoints have no list of their files: none is resumed from, none is removed."""
+    trainer(tmp_path, **STEPS).train()
+    for path in tmp_path.glob("checkpoint-*"):
+        (path / "complete.json").unlink()
+    before = files(tmp_path)
+    with caplog.at_level(logging.WARNING, logger="clha.training"), pytest.raises(ValueError, match="give it the path"):
+        trainer(tmp_path, **STEPS).train(resume_from_checkpoint=True)
+    assert [r.getMessage() for r in caplog.records if r.name.startswith("clha.")] == [
+        f"checkpoint-{step} is half-written or another trainer's; the one before it is taken" for step in (4, 2)
+    ]
+    assert files(tmp_path) == before
+    again = trainer(tmp_path, **STEPS)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.state.global_step == 4
+
+
+def test_a_checkpoint_that_cannot_be_read_is_no_half_written_one(tmp_path: Path):
+    """A disk that fails for a moment must not cost work: a link to itself is an error of the system, too."""
+    trainer(tmp_path, **STEPS).train()
+    path = tmp_path / "checkpoint-4" / "optimizer.pt"
+    path.rename(tmp_path / "aside")
+    path.symlink_to(path.name)
+    with pytest.raises(TransientFailure, match=r"checkpoint-4 cannot be read \(.*; nothing was changed"):
+        last_checkpoint(tmp_path, print)
+    path.unlink()
+    (tmp_path / "aside").rename(path)
+    assert last_checkpoint(tmp_path, print) == tmp_path / "checkpoint-4"
+
+
+def test_the_last_whole_checkpoint_goes_only_when_the_next_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Two are kept: 2 and what another trainer left. The run that goes on from 2 breaks off while it saves 4."""
+    trainer(tmp_path, **STEPS).train()
+    (tmp_path / "checkpoint-4").rename(tmp_path / "checkpoint-99")
+    (tmp_path / "checkpoint-99" / "complete.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("clha.training.saving.mark_complete", lambda folder: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            trainer(tmp_path, **STEPS, save_total_limit=2).train(resume_from_checkpoint=True)
+    assert last_checkpoint(tmp_path, print) == tmp_path / "checkpoint-2"
+    again = trainer(tmp_path, **STEPS, save_total_limit=2)
+    again.train(resume_from_checkpoint=True)
+    assert again.args.save_total_limit == 2
+    assert is_complete(tmp_path / "checkpoint-4") and len(list(tmp_path.glob("checkpoint-*"))) == 2
+
+
 def test_a_checkpoint_between_two_logs_loses_no_metrics(tmp_path: Path):
     """Logs every 2 steps, a checkpoint after 3: the steps are logged there as well, so that the table is the same."""
     settings = {"max_steps": 6, "logging_steps": 2, "save_strategy": "steps", "save_steps": 3}
@@ -219,6 +266,21 @@ def test_a_checkpoint_between_two_logs_loses_no_metrics(tmp_path: Path):
         assert {k: v for k, v in mine.items() if "perf/" not in k} == {
             k: v for k, v in other.items() if "perf/" not in k
         }
+
+
+def test_where_only_the_best_are_saved_nothing_measured_is_lost_either(tmp_path: Path):
+    """Logs every 4 steps; the first evaluation is the best until then, so that checkpoint-1 cuts an interval."""
+    settings = {"max_steps": 4, "logging_steps": 4, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best"}
+    settings["metric_for_best_model"] = "rewards/accuracies"
+    whole = trainer(tmp_path, **settings)
+    whole.train()
+    again = trainer(tmp_path, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    ours, theirs = (metric_rows(made.state.log_history) for made in (again, whole))
+    assert [row["step"] for row in ours] == [1, 2, 3, 4]
+    for mine, other in zip(ours, theirs, strict=True):
+        for name in ("loss", "loss/sft", "rewards/margins", "num_tokens", "eval_loss"):
+            assert mine[name] == other[name], name
 
 
 def test_resuming_alone_without_a_whole_checkpoint_says_so(tmp_path: Path):

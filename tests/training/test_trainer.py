@@ -6,17 +6,19 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from training_cases import Prompts, config, distance, small_llama, trainer, weights
-from transformers import TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from clha.errors import UserError
 from clha.training import policy
-from clha.training.batches import pack
+from clha.training.batches import RankedPrompt, pack
 from clha.training.checkpoints import is_complete, last_checkpoint
 from clha.training.export import metrics_table
 from clha.training.logprobs import sum_by_response
@@ -104,6 +106,8 @@ def test_reference_normalisation_is_the_mean_of_the_micro_batches_own_losses(tmp
         (parts["total"] / 4).backward()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert distance(weights(made.model) - start, -0.1 * gradient) < 1e-4
+    (row,) = metric_rows(made.state.log_history)
+    assert row["loss"] == pytest.approx(row["loss/contrastive"] + row["loss/sft"], rel=1e-5)
 
 
 def test_reference_normalisation_meets_the_goldens(shared: Path):
@@ -155,6 +159,29 @@ def test_bf16_computes_in_bfloat16_over_float32_master_weights(tmp_path: Path):
     assert {p.dtype for p in made.model.parameters()} == {torch.float32}
     assert {state["exp_avg"].dtype for state in made.optimizer.state.values()} == {torch.float32}
     assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[1] != losses[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    ("settings", "tolerance"),
+    [
+        ({}, 1e-2),
+        ({"gradient_checkpointing": True, "tokens_per_micro_batch": 300}, 1e-2),
+        ({"bf16": True, "gradient_checkpointing": True}, 0.1),
+    ],
+    ids=["float32", "checkpointing", "bf16"],
+)
+def test_a_step_on_cuda_is_that_of_the_cpu(
+    tmp_path: Path, one_step: torch.Tensor, settings: dict[str, Any], tolerance: float
+):
+    made = trainer(tmp_path, max_steps=1, optim="sgd", learning_rate=0.1, use_cpu=False, **settings)
+    assert made.abilities.shares_prompts and made.args.device.type == "cuda"
+    made.train()
+    assert {p.dtype for p in made.model.parameters()} == {torch.float32}
+    start = weights(small_llama())
+    assert distance(weights(made.model).cpu() - start, one_step - start) < tolerance
+    assert math.isfinite(made.evaluate()["eval_loss"])
 
 
 def test_an_epoch_shows_every_prompt_once_in_an_order_of_its_own(tmp_path: Path):
@@ -236,6 +263,35 @@ def test_a_killed_run_goes_on_to_the_same_weights_bit_for_bit_and_the_same_metri
     assert timeless(rows) == timeless(want)
 
 
+@pytest.mark.parametrize("step", [3, 4])
+def test_a_run_resumed_in_the_second_epoch_goes_on_bit_for_bit_with_dropout_and_accumulation(tmp_path: Path, step: int):
+    """Ten prompts, two at once, two of those a step: three steps an epoch. After 3 the second begins, 4 is within."""
+    settings = {
+        "max_steps": 7,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "data": Prompts(10),
+    }
+
+    def model() -> LlamaForCausalLM:
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(**{**small_llama().config.to_diff_dict(), "attention_dropout": 0.2}))
+
+    whole = trainer(tmp_path, model=model(), **settings)
+    whole.train()
+    want, steps = metric_rows(whole.state.log_history), list(range(1, 8))
+    resumed = trainer(tmp_path, model=model(), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert torch.equal(weights(resumed.model), weights(whole.model))
+    rows = metric_rows(resumed.state.log_history)
+    assert [row["step"] for row in rows] == steps and timeless(rows) == timeless(want)
+    plain = trainer(tmp_path / "plain", **settings)
+    plain.train()
+    assert not torch.equal(weights(plain.model), weights(whole.model)), "nothing was dropped"
+
+
 def test_a_half_written_checkpoint_is_recognised_and_the_one_before_is_taken(tmp_path: Path):
     trained(tmp_path, **RESUMABLE)
     assert all(is_complete(p) for p in tmp_path.glob("checkpoint-*"))
@@ -247,7 +303,8 @@ def test_a_half_written_checkpoint_is_recognised_and_the_one_before_is_taken(tmp
     (tmp_path / "checkpoint-6" / "complete.json").unlink()
     found = last_checkpoint(tmp_path, said.append)
     assert found is not None and found.name == "checkpoint-3"
-    assert said[1:] == ["checkpoint-6 is half-written; the one before it is taken"]
+    assert said[1:] == [said[0], "checkpoint-6 is half-written or another trainer's; the one before it is taken"]
+    assert (tmp_path / "checkpoint-9").is_dir() and (tmp_path / "checkpoint-6").is_dir()
 
 
 # -- what it reports ---------------------------------------------------------------------------------------------
@@ -266,6 +323,35 @@ def test_metrics_are_those_of_the_pairs_that_were_kept(tmp_path: Path):
     table = metrics_table([row])
     assert str(table.schema.field("step").type) == "int64"
     assert {str(f.type) for f in table.schema} == {"int64", "double"}
+
+
+def test_what_is_measured_once_is_no_part_of_a_steps_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The device's peak takes two seconds here; steps of this model take a fraction of one."""
+
+    def slow_peak(*_: object) -> float:
+        time.sleep(2)
+        return 1e9
+
+    monkeypatch.setattr("clha.training.trainer.peak_flops", slow_peak)
+    made = trainer(tmp_path, max_steps=1)
+    made.train()
+    (row,) = metric_rows(made.state.log_history)
+    assert row["num_tokens"] / row["perf/tokens_per_second"] < 2
+
+
+def test_an_evaluation_reads_every_prompt_once(tmp_path: Path):
+    """Text is tokenised when it is read."""
+
+    class Counted(Prompts):
+        reads = 0
+
+        def __getitem__(self, i: int) -> RankedPrompt:
+            self.reads += 1
+            return super().__getitem__(i)
+
+    made, counted = trainer(tmp_path, per_device_eval_batch_size=3), Counted(7, 1)
+    assert made.evaluate(counted)["eval_loss"] == pytest.approx(made.evaluate()["eval_loss"], rel=1e-6)
+    assert counted.reads == 7
 
 
 def test_evaluation_is_over_the_whole_set_whatever_the_batch(tmp_path: Path):
@@ -377,7 +463,7 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path: Path, sharding: str)
     settings = {"per_device_train_batch_size": 8, "num_train_epochs": 2, "max_steps": -1}
     one = trainer(tmp_path / "one", data=Prompts(13), tokens_per_micro_batch=80, **settings)
     one.train()
-    run_in_two_processes(tmp_path, sharding)
+    run_in_two_processes(tmp_path, sharding, "13")
     two = torch.load(tmp_path / "weights.pt", weights_only=True)
     assert distance(two, weights(one.model)) < 1e-5
     rows = json.loads((tmp_path / "rows.json").read_text())
@@ -388,5 +474,29 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path: Path, sharding: str)
     assert evaluated["eval_loss"] == pytest.approx(one.evaluate()["eval_loss"], rel=1e-4)
 
 
-def test_a_killed_rank_ends_the_run_and_nothing_hangs(tmp_path: Path):
-    run_in_two_processes(tmp_path, "none", "kill", expect=1)
+@pytest.mark.slow
+def test_a_step_with_a_prompt_for_the_second_process_alone_has_the_same_columns(tmp_path: Path):
+    """Nine prompts, 8 a step: of the second step the first process, which writes the table, has none."""
+    run_in_two_processes(tmp_path, "none", "9")
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    trained_on = [{name for name in row if not name.startswith("eval_")} for row in rows]
+    assert all(names == trained_on[0] for names in trained_on)
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["loss/contrastive"] + row["loss/sft"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_an_infinite_gradient_names_the_prompts_of_all_processes(tmp_path: Path):
+    """Eight prompts in one step, four in each process."""
+    done = run_in_two_processes(tmp_path, "none", "8", "infinite", expect=1)
+    lines = [line for line in done.stderr.splitlines() if "the gradient norm is" in line]
+    named = {line.partition("prompts ")[2].partition(";")[0] for line in lines}
+    assert len(named) == 1
+    assert sorted(named.pop().split(", ")) == sorted(p.prompt_id for p in Prompts(8).items)
+
+
+def test_a_killed_rank_ends_the_run_with_one_line_that_says_so_and_nothing_hangs(tmp_path: Path):
+    done = run_in_two_processes(tmp_path, "none", "13", "kill", expect=1)
+    said = [line for line in done.stderr.splitlines() if "SIGKILL) received by PID" in line]
+    assert len(said) == 1, done.stderr[-3000:]

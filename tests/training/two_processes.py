@@ -1,9 +1,10 @@
 """One process of two: trains on the prompts of `test_two_processes_take_the_same_steps_as_one`.
 
-usage: torchrun --nproc_per_node=2 two_processes.py FOLDER none|fsdp [kill]
+usage: torchrun --nproc_per_node=2 two_processes.py FOLDER none|fsdp PROMPTS [kill|infinite]
 """
 
 import json
+import math
 import os
 import signal
 import sys
@@ -22,15 +23,17 @@ class KillSecondRank(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main(folder: Path, sharding: str, kill: bool) -> None:
+def main(folder: Path, sharding: str, prompts: int, trouble: str) -> None:
     settings = {"per_device_train_batch_size": 4, "num_train_epochs": 2, "max_steps": -1, "ddp_backend": "gloo"}
     if sharding == "fsdp":
         settings |= {
             "fsdp": "full_shard auto_wrap",
             "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
         }
-    made = trainer(folder / "two", data=Prompts(13), tokens_per_micro_batch=80, **settings)
-    if kill:
+    made = trainer(folder / "two", data=Prompts(prompts), tokens_per_micro_batch=80, **settings)
+    if trouble == "infinite" and made.args.process_index == 1:
+        made.model.model.norm.weight.register_hook(lambda grad: grad * math.inf)
+    if trouble == "kill":
         made.add_callback(KillSecondRank())
     made.train()
     evaluated = made.evaluate()
@@ -43,4 +46,4 @@ def main(folder: Path, sharding: str, kill: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], "kill" in sys.argv[3:])
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), "".join(sys.argv[4:]))
