@@ -152,4 +152,3 @@ def test_a_study_of_the_sample_data_finds_flips_with_the_demo_models(command: Cl
     results = json.loads((home.reports / "d" / "noise-study.json").read_text())
     (found,) = results["detection"]
     assert found["auroc"] > 0.6 and found["auroc_interval"][0] <= found["theory_auroc"]
-    assert all(row["seconds"] < 180 for row in results["training"]), "a cell takes at most three minutes"
