@@ -14,10 +14,20 @@ class ClhaConfig(TrainingArguments):
 
     `per_device_train_batch_size` counts prompts, each with all its responses. A step is the same however it is cut
     into accumulation steps, micro-batches and processes (`normalization="batch"`).
+
+    `reward_gap` and `sft_threshold` give a `datasets.Dataset` with rewards the weights that it does not bring: a pair
+    counts where its rewards are more than `reward_gap` apart, the SFT part where the reward of its response is above
+    `sft_threshold`. Both are in units of the reward; the defaults are the paper's, for its reward models.
     """
 
     loss: str = field(default="clha", metadata={"help": f"One of {', '.join(LOSSES)}."})
     margin: float = field(default=3.0, metadata={"help": "Margin of the hinge per rank, in nats per token."})
+    reward_gap: float = field(
+        default=3.0, metadata={"help": "Without pair_weights: pairs whose rewards are up to this apart are noise."}
+    )
+    sft_threshold: float = field(
+        default=0.0, metadata={"help": "Without sft_lambda: the SFT part counts where its reward is above this."}
+    )
     sft_weight: float = field(default=0.05, metadata={"help": "Weight of the SFT part (clha, pro)."})
     sft_by: str = field(default="sum", metadata={"help": "SFT part by token `sum` (the paper's) or `mean` (clha)."})
     beta: float = field(default=0.1, metadata={"help": "Strength of the tie to the reference (dpo*)."})
@@ -68,3 +78,7 @@ class ClhaConfig(TrainingArguments):
         """The settings that `clha.training.objectives.objective` reads."""
         names = ("loss", "margin", "sft_weight", "sft_by", "beta", "label_smoothing")
         return {name: getattr(self, name) for name in names}
+
+    def reward_rule(self) -> dict[str, float]:
+        """The settings that `clha.training.datasets.as_ranked_prompts` reads."""
+        return {"reward_gap": self.reward_gap, "sft_threshold": self.sft_threshold}

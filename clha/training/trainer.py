@@ -84,7 +84,7 @@ class ClhaTrainer(SavingTrainer):
         """A dataset, or each of a dict of them, as ranked prompts; for DPO with the reference's log-probabilities."""
         if isinstance(dataset, dict):
             return {name: self._prompts(part) for name, part in dataset.items()}
-        args, prompts = self.args, as_ranked_prompts(dataset, self.processing_class)
+        args, prompts = self.args, as_ranked_prompts(dataset, self.processing_class, **self.args.reward_rule())
         if args.loss not in REFERENCE_LOSSES:
             return prompts
         trained = self.state.global_step > 0

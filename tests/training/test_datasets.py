@@ -175,6 +175,17 @@ def test_training_on_rewards_alone_is_the_loss_that_takes_rewards_alone(tiny_mod
     assert found["eval_noise/kept_fraction"] == pytest.approx(4 / 9)
 
 
+def test_the_gap_and_the_threshold_of_the_rule_are_settings_of_the_trainer(tiny_model: Path, tmp_path: Path):
+    from clha import ClhaConfig, ClhaTrainer
+
+    rows = Dataset.from_list([RANKED | {"rewards": [0.9, 0.7, 0.2]}])  # gaps 0.2, 0.5 and 0.7
+    args = ClhaConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, reward_gap=0.3, sft_threshold=0.9)
+    trainer = ClhaTrainer(model=str(tiny_model), args=args, train_dataset=rows, eval_dataset={"dev": rows})
+    for item in (trainer.train_dataset[0], trainer.eval_dataset["dev"][0]):
+        assert item.pair_weights.tolist() == [[0, 0, 1], [0, 0, 1], [0, 0, 0]]
+        assert item.sft_lambda == 0
+
+
 GOOD = {"prompt_token_ids": [5, 6], "response_token_ids": [[7], [8, 9]], "rewards": [9.0, 1.0]}
 
 
