@@ -64,6 +64,7 @@ def test_there_are_commands_and_the_ones_for_other_machines_are_marked():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_every_command_works_in_the_order_of_the_readme(folder: Path):
     for line in COMMANDS:
         done = run(folder, line)
