@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from clha.store import Home
 
@@ -21,10 +22,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that need a finished run or a Prefect server come first: two workers share the tests by file (`make check`)
-    and none should be left alone with the longest at the end."""
-    dear = {item.path for item in items if "smoke_home" in getattr(item, "fixturenames", ())}
-    items.sort(key=lambda item: 0 if item.path in dear else 1 if item.path.parent.name == "flows" else 2)
+    """What takes longest comes first: two workers share the tests by file (`make check`), and none should be left alone
+    with a long one at the end."""
+    first = ("tests/test_whole_chain.py", "tests/flows", "tests/training")
+
+    def place(item: pytest.Item) -> int:
+        path = item.path.relative_to(ROOT).as_posix()
+        return next((i for i, start in enumerate(first) if path.startswith(start)), len(first))
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")
@@ -74,12 +80,19 @@ def home(tmp_path: Path, tiny_model: Path) -> Home:
 
 @pytest.fixture(scope="session")
 def smoke_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLHA_HOME in which `clha run --profile smoke` ended well: real vLLM, real Prefect. Never changed by a test."""
+    """A CLHA_HOME in which `clha run --profile smoke` ended well: real vLLM, real Prefect. Never changed by a test.
+
+    One for all workers, made by the first that needs it.
+    """
     from chains import clha
 
-    folder = tmp_path_factory.mktemp("smoke") / "home"
-    done = clha(folder, "run", "--profile", "smoke", "--run", "smoke")
-    (folder / "output.txt").write_text(done.stdout)
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smoke" / "home"
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(folder.with_name("lock")):
+        if not (folder / "output.txt").exists():
+            done = clha(folder, "run", "--profile", "smoke", "--run", "smoke")
+            (folder / "output.txt").write_text(done.stdout)
     return folder
 
 

@@ -140,7 +140,7 @@ def _from_pair(row: dict[str, Any], i: int, tokenizer: Any) -> RankedPrompt:
         plain = all(isinstance(text, str) for text in (prompt or "", chosen, rejected))
         encode = _plain if plain else _conversation
         prompt_ids, responses = encode(prompt, chosen, rejected, tokenizer)
-    except Unusable as error:
+    except (Unusable, UserError) as error:
         raise UserError(f"dataset: row {i} cannot be used: {error}; leave it out") from None
     if not prompt_ids or not all(responses):
         raise UserError(f"dataset: row {i} has no prompt, or an empty response; leave it out")
@@ -178,14 +178,11 @@ def _conversation(prompt: Any, chosen: Any, rejected: Any, tokenizer: Any) -> tu
     pairs = zip(*answers.values(), strict=False)
     same = [turn for turn, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
     if own and same[: len(own)] == own:
-        raise Unusable(
-            "prompt_repeated", "chosen and rejected begin with the prompt again; take the prompt out of them"
-        )
+        raise UserError("chosen and rejected begin with the prompt again; take the prompt out of them")
     for name, turns in answers.items():
         roles = [turn["role"] for turn in turns[len(same) :]]
         if roles != ["assistant"]:
-            raise Unusable(
-                "not_one_answer",
+            raise UserError(
                 f"after the {len(same)} messages that chosen and rejected begin with, {name} has "
                 f"{', '.join(roles) or 'nothing'}; wanted is one message of the assistant",
             )
@@ -201,5 +198,5 @@ def _turns(messages: Any, name: str) -> list[dict[str, str]]:
     except (TypeError, KeyError):
         turns = [{"role": None}]
     if not all(isinstance(value, str) for turn in turns for value in turn.values()):
-        raise Unusable("no_messages", f"{name} is no list of messages with role and content, both text")
+        raise UserError(f"{name} is no list of messages with role and content, both text")
     return turns
