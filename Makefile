@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 LOCKS := requirements/cpu.lock requirements/models.lock
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps
+# Two workers share the tests by file.
+TESTS := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 TORCH := $(shell grep '^torch==' requirements/cpu.lock)
 
 .PHONY: help demo test test-all check fix env lint types ui clean
@@ -21,11 +23,11 @@ demo: env  ## set up and run the whole chain on the sample data
 
 test: check  ## set up, lint, types and the tests (about a quarter of an hour)
 
-test-all: check  ## the slow tests too (about an hour)
-	$(BIN)/python -m pytest -m slow
+test-all: check  ## the slow tests too (about half an hour)
+	$(TESTS) -m slow
 
 check: env lint types
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile --no-loadscope-reorder
+	$(TESTS) -m "not slow and not gpu"
 
 lint: env
 	$(BIN)/ruff check .
