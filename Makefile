@@ -21,7 +21,7 @@ help:  ## what there is
 demo: env  ## set up and run the whole chain on the sample data
 	$(BIN)/clha run
 
-test: check  ## set up, lint, types and the tests (about a quarter of an hour)
+test: check  ## set up, lint, types and the tests (about ten minutes)
 
 test-all: check  ## the slow tests too (about half an hour)
 	$(TESTS) -m slow
@@ -46,7 +46,7 @@ ui: env  ## the Prefect UI on http://127.0.0.1:4200
 env: $(STAMP)  ## the environment alone, in .venv
 
 $(STAMP): $(LOCKS) pyproject.toml
-	@echo "setting up $(VENV) with exact pins (two to five minutes, once)"
+	@echo "setting up $(VENV) with exact pins (two to six minutes, once)"
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info[:2] == (3, 11) else "Python 3.11 is needed: make PYTHON=/path/to/python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "1/5 PyTorch (CPU)"

@@ -19,7 +19,7 @@ class RewardLora(Group):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     epochs: Positive = 1
     batch_pairs: Positive = 32  # pairs of an optimizer step
-    tokens_per_micro_batch: Positive = execution(8192)
+    tokens_per_micro_batch: Positive = 8192  # in the key: it decides what dropout draws
     gradient_checkpointing: bool = execution(False)
 
 

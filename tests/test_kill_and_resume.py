@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 from chains import ROOT, artifact_folder, clha, clha_command, environment, file_digests, referee, run_file
 
@@ -67,6 +68,19 @@ def kill_when_some_work_is_done(home: Path, stage: str, kind: str, pattern: str)
     return sorted(str(p) for p in (home / "work" / kind).glob(f"*/{pattern}"))
 
 
+def done_and_whole(partial: list[str], finished: Path, node: str, kind: str, pattern: str) -> tuple[int, int]:
+    """How far the killed stage had come, and how far the finished run of `finished` went: steps, rewards or shards."""
+    if kind == "train":
+        steps = pq.read_table(artifact_folder(finished, "smoke", node) / "metrics-00000.parquet")["step"]
+        return max(int(Path(p).name.removeprefix("checkpoint-")) for p in partial), max(steps.to_pylist())
+    if kind == "evaluate":
+        answers = [artifact_folder(finished, "smoke", f"answers.{policy}") for policy in ("base", "trained")]
+        tables = [p for folder in answers for p in folder.glob("answers-*.parquet")]
+        rows, wanted = (sum(pq.read_metadata(p).num_rows for p in paths) for paths in (partial, tables))
+        return rows, 2 * wanted  # by two reward models
+    return len(partial), len(list(grown_folder(finished, node, kind).glob(pattern.removeprefix("artifact/"))))
+
+
 @pytest.mark.parametrize(("stage", "node", "kind", "pattern"), CASES)
 def test_a_killed_stage_goes_on_and_ends_with_the_same_tables(
     smoke_home: Path, smoke_copy: Path, stage: str, node: str, kind: str, pattern: str, request: pytest.FixtureRequest
@@ -77,9 +91,8 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_tables(
     partial = kill_when_some_work_is_done(smoke_copy, stage, kind, pattern)
     assert partial, "the stage was over, or dead, before any work was seen"
     assert not any(folder.exists() for folder in grown), "all work was done before the kill"
-    if pattern.startswith("artifact/"):
-        whole = grown_folder(smoke_home, node, kind).glob(pattern.removeprefix("artifact/"))
-        assert len(partial) < len(list(whole)), "all shards were there: only the manifest was missing"
+    done, whole = done_and_whole(partial, smoke_home, node, kind, pattern)
+    assert 0 < done < whole, "all was there: only the manifest was missing"
     kept = {p: os.stat(p).st_mtime_ns for p in partial if Path(p).suffix == ".parquet" and "/artifact/" in p}
 
     clha(smoke_copy, "run", "--profile", "smoke", "--run", "smoke")

@@ -133,9 +133,10 @@ def doubts(metrics: Mapping[str, Any]) -> list[str]:
     if length_low > 0 or length_high < 0:
         change = lengths["gain"] / lengths["base"]["mean"] if lengths["base"]["mean"] else 0.0
         if abs(change) >= 0.1:
+            what, liked = ("longer", "length") if change > 0 else ("shorter", "brevity")
             out.append(
-                f"The trained policy's answers are {abs(change):.0%} {'longer' if change > 0 else 'shorter'}; a judge "
-                "that likes length would be moved by that alone."
+                f"The trained policy's answers are {abs(change):.0%} {what}; a judge that likes {liked} would be moved "
+                "by that alone."
             )
     if outcome == "better" and adjusted and adjusted["interval"][0] <= 0:
         out.append(

@@ -63,8 +63,6 @@ class _Rows:
 
 
 def _from_preferences(row: dict[str, Any], i: int, reward_gap: float, sft_threshold: float) -> RankedPrompt:
-    from clha import noise  # scipy comes with it, which nothing else here needs
-
     given = {name: value for name, value in row.items() if value is not None}
     prompt = _tokens(given.get("prompt_token_ids", ()), f"row {i}: prompt_token_ids")
     responses = [
@@ -87,12 +85,17 @@ def _from_preferences(row: dict[str, Any], i: int, reward_gap: float, sft_thresh
             "responses by them"
         )
     else:
+        from clha import noise  # scipy comes with it, which nothing else here needs
+
         weights = noise.gap_weights(rewards[None], reward_gap)[0]
     sft_index = _numbers(given.get("sft_index", 0), (), f"row {i}: sft_index")
     if sft_index not in range(n):
         raise UserError(f"dataset: row {i}: sft_index is {sft_index:g}; it is the place of a response, 0 to {n - 1}")
-    by_rule = noise.threshold_lambda(rewards[int(sft_index)], sft_threshold)
-    sft_lambda = _numbers(given.get("sft_lambda", by_rule), (), f"row {i}: sft_lambda")
+    if "sft_lambda" not in given:
+        from clha import noise
+
+        given["sft_lambda"] = noise.threshold_lambda(rewards[int(sft_index)], sft_threshold)
+    sft_lambda = _numbers(given["sft_lambda"], (), f"row {i}: sft_lambda")
     if not 0 <= sft_lambda <= 1:
         raise UserError(f"dataset: row {i}: sft_lambda is {sft_lambda:g}; it must be between 0 and 1")
     return RankedPrompt(

@@ -261,7 +261,7 @@ def test_settings_of_a_head_are_none_of_its_own() -> None:
 
     assert key(lora_settings()) == key(lora_settings({"layer": 1, "l2": 0.3, "pooling": "mean"}))
     assert key(lora_settings()) != key(lora_settings(rank=4))
-    assert key(lora_settings()) == key(lora_settings(tokens_per_micro_batch=99))
+    assert key(lora_settings()) == key(lora_settings(gradient_checkpointing=True))
 
 
 def test_the_key_of_a_head_knows_of_no_other_method() -> None:

@@ -299,7 +299,7 @@ def test_a_model_can_be_named_by_its_folder(tiny_model: Path, tmp_path: Path, to
 BLOCK = """
 import sys
 # A module that is None here cannot be imported, and counts as not installed.
-sys.modules.update(dict.fromkeys(("prefect", "vllm", "datasets", "pydantic", "trl")))
+sys.modules.update(dict.fromkeys(("prefect", "vllm", "datasets", "pydantic", "trl", "scipy")))
 import clha.losses, clha.training.trainer, clha.training.preferences, clha.training.export, clha.training.reference
 from pathlib import Path
 from clha import ClhaConfig, ClhaTrainer
