@@ -21,11 +21,10 @@ from clha.rewards.texts import (
     Encoded,
     Message,
     RewardInput,
-    Unreadable,
+    check_readable,
     cut_left,
     encode_all,
-    leading_system_turns,
-    without_oldest_turns,
+    whole_turns,
 )
 from clha.settings_rewards import RewardModel
 
@@ -99,18 +98,15 @@ class PrompterText:
         self.pad_id: int = self._control[_END]
 
     def encode(self, item: RewardInput) -> Encoded:
-        """Drops the oldest turns until the rest fits, then tokens on the left. Raises Unreadable for no Unicode."""
+        """Drops the same turns as the policy's prompt would lose, then tokens on the left.
+
+        Raises Unreadable for an empty response and for text that is no Unicode.
+        """
+        check_readable(item)
         response = self._tokens(item.response)
         end = [self._control[_END]]
         room = self.max_tokens - len(response) - len(end)
-        turns, last = 0, len(item.messages) - 1 - leading_system_turns(item.messages)
-        prompt = self._prompt(item.messages)
-        while len(prompt) > room and turns < last:
-            turns += 1
-            kept = without_oldest_turns(item.messages, turns)
-            if kept[leading_system_turns(kept)]["role"] == "assistant":
-                continue  # what is left begins with the user, as the policy's prompt does
-            prompt = self._prompt(kept)
+        prompt, turns = whole_turns(item.messages, self._prompt, room)
         return cut_left(prompt, response, end, self.max_tokens, truncated=turns > 0)
 
     def _prompt(self, messages: Sequence[Message]) -> list[int]:
@@ -122,10 +118,6 @@ class PrompterText:
         return [*ids, self._control[_ROLES["assistant"]]]
 
     def _tokens(self, text: str) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise Unreadable(f"invalid_unicode: character {error.start} is half of a surrogate pair") from None
         read = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
         return list(read["input_ids"])
 

@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 from clha.errors import StageFailure
 from clha.progress import Progress
 
+# A batch ends where a row would be shorter than this share of its longest one: at most a quarter of it is padding.
+_LIKE_LENGTH = 0.75
+
 # Rows of a batch -> one result for each of them.
 Run = Callable[[Sequence[int]], Sequence[NDArray[np.float64]]]
 
@@ -35,17 +38,25 @@ class Padding:
 def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
     """Cut sequences into batches of like length, longest first, each of at most `tokens_per_batch` padded tokens.
 
-    A sequence that is longer than the budget gets a batch of its own. Longest first: what does not fit into memory
-    shows at once.
+    Less than a quarter of a batch is padding: no sequence is shorter than three quarters of the longest beside it. A
+    sequence that is longer than the budget gets a batch of its own. Longest first: what does not fit into memory shows
+    at once.
     """
     batches: list[list[int]] = []
     current: list[int] = []
     for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if current and lengths[current[0]] * (len(current) + 1) > tokens_per_batch:
-            batches.append(current)
-            current = []
+        if current:
+            longest = lengths[current[0]]
+            if longest * (len(current) + 1) > tokens_per_batch or lengths[row] < _LIKE_LENGTH * longest:
+                batches.append(current)
+                current = []
         current.append(row)
     return [*batches, current] if current else batches
+
+
+def computed_tokens(lengths: Sequence[int], tokens_per_batch: int) -> int:
+    """Tokens that a model computes in the batches of `length_batches`, padding included."""
+    return sum(len(rows) * lengths[rows[0]] for rows in length_batches(lengths, tokens_per_batch))
 
 
 def run_batches(
@@ -74,13 +85,10 @@ def run_batches(
             if not is_out_of_memory(error):
                 raise
             if len(rows) == 1:
-                raise StageFailure(
-                    f"out of memory with one sequence of {lengths[rows[0]]} tokens; lower max_tokens"
-                ) from error
+                raise too_long(lengths[rows[0]]) from error
             half = len(rows) // 2
             pending += [rows[half:], rows[:half]]
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            release_cache()
             continue
         out.update(zip(rows, results, strict=True))
         if padding is not None:
@@ -107,6 +115,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of torch says that memory ran out, on a GPU or on the CPU."""
     text = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+def too_long(tokens: int) -> StageFailure:
+    """What is said of one sequence that does not fit into memory alone."""
+    return StageFailure(f"out of memory with one sequence of {tokens} tokens; lower max_tokens")
+
+
+def release_cache() -> None:
+    """Give freed memory of a GPU back before something smaller is tried."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def report_to(progress: Progress, total: int, unit: str, before: int = 0) -> Callable[[int], None]:

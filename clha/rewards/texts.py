@@ -1,6 +1,6 @@
 """What reward models read: a prompt's messages and one response, as token IDs that know where the response stands."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -66,6 +66,34 @@ def leading_system_turns(messages: Sequence[Message]) -> int:
     return lead
 
 
+def whole_turns(
+    messages: Sequence[Message], prompt: Callable[[Sequence[Message]], list[int]], room: int
+) -> tuple[list[int], int]:
+    """Token IDs of a prompt without the oldest turns that do not fit into `room`, and how many those are.
+
+    What is left begins with a user's turn, as the policy's prompt does (`Chat.encode_prompt`); the last turn stays
+    whether it fits or not. `prompt` turns messages into token IDs.
+    """
+    ids, dropped = prompt(messages), 0
+    lead = leading_system_turns(messages)
+    for turns in range(1, len(messages) - lead):
+        if len(ids) <= room:
+            break
+        if messages[lead + turns]["role"] == "user":
+            ids, dropped = prompt(without_oldest_turns(messages, turns)), turns
+    return ids, dropped
+
+
+def check_readable(item: RewardInput) -> None:
+    """Raises Unreadable for an empty response and for text that is no Unicode."""
+    if not item.response.strip():
+        raise Unreadable("empty_response: the response is empty")
+    try:
+        "".join([item.response, *(m["content"] for m in item.messages)]).encode()
+    except UnicodeEncodeError as error:
+        raise Unreadable(f"invalid_unicode: character {error.start} is half of a surrogate pair") from None
+
+
 def cut_left(prompt: list[int], response: list[int], after: list[int], max_tokens: int, *, truncated: bool) -> Encoded:
     """Join the parts and keep the last `max_tokens` tokens."""
     ids = prompt + response + after
@@ -87,23 +115,14 @@ class RoleText:
         self._before, self._after = framed[:at], framed[at + len(plain) :]
 
     def encode(self, item: RewardInput) -> Encoded:
-        """Drops the oldest turns until the rest fits, then tokens on the left.
+        """Drops the same turns as the policy's prompt would lose, then tokens on the left.
 
         Raises Unreadable for an empty response and for text that is no Unicode.
         """
-        if not item.response.strip():
-            raise Unreadable("empty_response: the response is empty")
-        try:
-            "".join([item.response, *(m["content"] for m in item.messages)]).encode()
-        except UnicodeEncodeError as error:
-            raise Unreadable(f"invalid_unicode: character {error.start} is half of a surrogate pair") from None
+        check_readable(item)
         response = self._tokens(item.response)
         room = self.max_tokens - len(self._before) - len(response) - len(self._after)
-        turns, last = 0, len(item.messages) - 1 - leading_system_turns(item.messages)
-        prompt = self._prompt(item.messages)
-        while len(prompt) > room and turns < last:
-            turns += 1
-            prompt = self._prompt(without_oldest_turns(item.messages, turns))
+        prompt, turns = whole_turns(item.messages, self._prompt, room)
         cut = cut_left(prompt, response, self._after, self.max_tokens - len(self._before), truncated=turns > 0)
         shift = len(self._before)
         return Encoded([*self._before, *cut.ids], cut.start + shift, cut.end + shift, cut.truncated)

@@ -10,7 +10,7 @@ from clha.store import Artifact
 if TYPE_CHECKING:
     from clha.stages.work import Work
 
-CODE_VERSION = {"score": 1, "weigh": 1}
+CODE_VERSION = {"score": 2, "weigh": 1}
 
 # Rewards are exact to 1e-5: a model whose rewards lie closer together than that says nothing.
 _CONSTANT = 1e-5

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from clha.errors import UserError
+from clha.errors import StageFailure, UserError
 from clha.rewards.features import FrozenEncoder, prefix_packs
 from clha.rewards.texts import (
     Encoded,
@@ -96,6 +96,61 @@ def test_a_shared_prompt_leaves_no_trace(tiny_model: Path) -> None:
     assert shared.padding.tokens - shared.padding.padded < alone.padding.tokens - alone.padding.padded
 
 
+def test_prompts_are_shared_only_where_that_saves_tokens(tiny_model: Path) -> None:
+    """Two long answers to a short question would save a few tokens of many, two short ones to a long one most."""
+
+    def tokens(question: str, answer: str, sharing: bool) -> int:
+        reader = encoder(tiny_model, max_tokens=400)
+        assert reader.shares_prefixes
+        reader.shares_prefixes = sharing
+        messages = [{"role": "user", "content": question}]
+        reader.features([RewardInput(messages, answer + end) for end in "!?"], tokens_per_batch=4096)
+        return reader.padding.tokens
+
+    long = "whatever you say " * 8
+    assert tokens("Tea?", long, True) == tokens("Tea?", long, False)
+    assert tokens(long, "Tea", True) < 0.85 * tokens(long, "Tea", False)
+
+
+def out_of_memory_above(reader: FrozenEncoder, responses: int) -> list[list[int]]:
+    """Lets `reader` run out of memory with a pack of more responses; returns what it is asked for."""
+    pooled, asked = reader._pooled, []
+
+    def limited(packs: list[list[Encoded]]) -> list[np.ndarray]:
+        asked.append([len(p) for p in packs])
+        if max(map(len, packs)) > responses:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return pooled(packs)
+
+    reader._pooled = limited  # type: ignore[method-assign]
+    return asked
+
+
+def test_a_pack_that_does_not_fit_into_memory_is_split(tiny_model: Path) -> None:
+    items = [RewardInput(ASKED, text) for text in ("A drink.", "No.", "Leaves.", "A plant.", "It is hot.")]
+    whole = encoder(tiny_model).features(items, tokens_per_batch=1000).values
+    reader = encoder(tiny_model)
+    asked = out_of_memory_above(reader, 2)
+    found = reader.features(items, tokens_per_batch=1000).values
+    assert asked == [[5], [2], [3], [1], [2]]
+    assert np.abs(found - whole).max() < 1e-5
+
+
+def test_a_response_of_a_pack_that_does_not_fit_alone_is_a_failure_with_its_own_length(tiny_model: Path) -> None:
+    items = [RewardInput(ASKED, text) for text in ("A drink.", "No.", "Leaves.")]
+    reader = encoder(tiny_model)
+    out_of_memory_above(reader, 0)
+    alone = len(reader.texts.encode(items[0]).ids)
+    with pytest.raises(StageFailure, match=f"one sequence of {alone} tokens; lower max_tokens"):
+        reader.features(items, tokens_per_batch=1000)
+
+
+def test_prompts_are_shared_where_the_padding_token_is_the_last_one(tiny_model: Path) -> None:
+    reader = encoder(tiny_model)
+    reader.texts.pad_id = reader._model.config.vocab_size - 1
+    assert reader._can_share()
+
+
 def test_a_bidirectional_encoder_never_shares_prompts(bert: Path) -> None:
     assert not encoder(bert, 2, "mean", 40).shares_prefixes
     assert not encoder(bert, 2, "response_mean", 40).shares_prefixes
@@ -154,6 +209,18 @@ def test_role_text_that_is_cut_still_begins_as_the_encoder_knows_it(bert: Path) 
     assert found.ids[0] == 2
     assert found.ids[found.start : found.end] == [4, 12]
     assert found.truncated
+
+
+def test_role_text_loses_whole_turns_and_begins_with_the_user(bert: Path) -> None:
+    """18 tokens in all, 14 without the first turn, 11 without the first two: 15 allow the last turn alone."""
+    old = [{"role": "user", "content": "tea tea"}, {"role": "assistant", "content": "a"}]
+    last = [{"role": "user", "content": "what is tea"}]
+    texts = text_encoder(bert, 15, closed=False)
+    whole = text_encoder(bert, 18, closed=False).encode(RewardInput([*old, *last], "a drink"))
+    assert (len(whole.ids), whole.truncated) == (18, False)
+    found = texts.encode(RewardInput([*old, *last], "a drink"))
+    assert found.ids == texts.encode(RewardInput(last, "a drink")).ids
+    assert len(found.ids) == 11 and found.truncated
 
 
 def test_the_dropped_turns_are_those_that_the_policys_prompt_loses(tiny_model: Path) -> None:

@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clha.errors import StageFailure
-from clha.rewards.scoring import Padding, in_chunks, length_batches, lengths_mask, padded, run_batches
+from clha.rewards.scoring import (
+    Padding,
+    computed_tokens,
+    in_chunks,
+    length_batches,
+    lengths_mask,
+    padded,
+    run_batches,
+)
 
 lengths = st.lists(st.integers(1, 50), max_size=40)
 
@@ -26,9 +34,25 @@ def test_longest_come_first(sizes: list[int]) -> None:
     assert order == sorted(sizes, reverse=True)
 
 
+@given(lengths.filter(bool), st.integers(1, 120))
+def test_less_than_a_quarter_of_a_batch_is_padding(sizes: list[int], budget: int) -> None:
+    padding = Padding()
+    for b in length_batches(sizes, budget):
+        assert min(sizes[i] for i in b) >= 0.75 * max(sizes[i] for i in b)
+        padding.add([sizes[i] for i in b])
+    assert padding.fraction < 0.25
+    assert padding.tokens == computed_tokens(sizes, budget)
+
+
 def test_batches_worked_by_hand() -> None:
-    """Lengths 3, 10, 4 and budget 12: 10 alone, then 4 and 3 (2 x 4 = 8)."""
+    """Lengths 3, 10, 4 and budget 12: 10 alone, then 4 and 3 (2 x 4 = 8). 18 computed, 1 of them padding."""
     assert length_batches([3, 10, 4], 12) == [[1], [2, 0]]
+    assert computed_tokens([3, 10, 4], 12) == 18
+
+
+def test_a_batch_ends_where_padding_would_be_more_than_a_quarter() -> None:
+    """Three quarters of 8 are 6: 7 and 6 stand beside it, 5 and 4 make the next batch, however large the budget."""
+    assert length_batches([4, 8, 6, 5, 7], 1000) == [[1, 4, 2], [3, 0]]
 
 
 @given(lengths.filter(bool), st.integers(1, 120))
@@ -73,7 +97,7 @@ def test_other_errors_are_not_taken_for_lack_of_memory() -> None:
 def test_padding_is_counted() -> None:
     """One batch of 4 and 1 tokens: 8 computed, 3 of them padding."""
     padding = Padding()
-    run_batches([4, 1], lambda rows: [np.zeros(1) for _ in rows], tokens_per_batch=100, padding=padding)
+    run_batches([4, 1], lambda rows: [np.zeros(1) for _ in rows], tokens_per_batch=9, batches=[[0, 1]], padding=padding)
     assert (padding.tokens, padding.padded, padding.fraction) == (8, 3, 3 / 8)
 
 
