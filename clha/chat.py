@@ -52,6 +52,11 @@ class EncodedResponse:
     text: str
 
 
+def shipped_template(name: str) -> str:
+    """The source of a chat template that comes with CLHA."""
+    return (_SHIPPED / f"{name}.jinja").read_text(encoding="utf-8")
+
+
 def load_chat(model: Path, chat_template: str = "model") -> "Chat":
     """The chat of the policy in folder `model`; `chat_template`: "model" (its own) or the name of a shipped one.
 
@@ -65,7 +70,7 @@ def load_chat(model: Path, chat_template: str = "model") -> "Chat":
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{model}: has no tokenizer that can be read ({reason})") from None
     if chat_template != "model":
-        source = (_SHIPPED / f"{chat_template}.jinja").read_text(encoding="utf-8")
+        source = shipped_template(chat_template)
         # The shipped templates leave BOS to the tokenizer's own habit, as plain text of a base model does.
         tokenizer.chat_template = ("{{- bos_token -}}" if _adds_bos(tokenizer) else "") + source
     return Chat(tokenizer)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
+from scipy.optimize import brentq, minimize_scalar
 from scipy.special import expit
 from scipy.stats import norm, rankdata
 
@@ -158,10 +158,16 @@ class FlipRate(NamedTuple):
     low: float
     high: float
     factor: float
+    at_limit: bool = False  # whether the factor was fitted and ended at one of FACTOR_LIMITS
 
 
 # Limits of an estimated flip rate: 0 would make every label right, above 1/2 labels would mean their opposite.
 FLIP_LIMITS = (1e-3, 0.499)
+# Limits of a fitted factor, times the margins' root mean square. Gaussian margins of a judge who is right 98 times in
+# 100 come to 10; few flipped labels can ask for any more, and every label would then be all right or all wrong.
+FACTOR_LIMITS = (1e-3, 10.0)
+# Half the 95% quantile of chi-squared with one degree of freedom.
+_DROP = 1.920729
 
 
 def fit_flip_rate(margins: Floats, factor: float | None = None) -> FlipRate:
@@ -169,53 +175,76 @@ def fit_flip_rate(margins: Floats, factor: float | None = None) -> FlipRate:
 
     Maximises the sum of log((1-e) sigmoid(a d) + e sigmoid(-a d)) over e and a, or over e alone where the
     calibration `factor` a is known from labels that can be trusted. The interval holds every e whose profile
-    likelihood is within 1.92 of the best (95%); it is wide for a weak reward model, and may be all of [0, 1/2].
+    likelihood is within 1.92 of the best (95%); it is wide for a weak reward model, and may be all of FLIP_LIMITS.
+
+    Without `factor` the profile is the joint one: each e is given the factor that suits it best. That is the interval
+    to report wherever the factor rests on these same labels, for with it taken as known the interval is much too
+    narrow. The scale of `margins` does not matter then: logits that were calibrated on these labels give the same e.
     """
     require_finite(margins)
-    size = float(np.sqrt(np.mean(np.square(margins)))) if margins.size else 0.0
+    size = _root_mean_square(margins)
     if size == 0:
         return FlipRate(FLIP_LIMITS[1], *FLIP_LIMITS, factor or 1.0)
     scaled = margins / size
+    known = None if factor is None else expit(factor * margins)
 
-    def at(e: float) -> tuple[float, float]:
-        """(largest log-likelihood, log of the factor for `scaled`) at flip rate e."""
-        if factor is not None:
-            return _mixture_likelihood(scaled, factor * size, e), float(np.log(factor * size))
-        return _best_factor(scaled, e)
+    def profile(e: float) -> float:
+        return _likelihood(known, e) if known is not None else _best_factor(scaled, e)[0]
 
-    grid = np.linspace(*FLIP_LIMITS, 40)
-    likelihood = np.array([at(e)[0] for e in grid])
+    grid = np.linspace(*FLIP_LIMITS, 25)
+    likelihood = np.array([profile(e) for e in grid])
     best = int(np.argmax(likelihood))
     near = (grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)])
-    found = minimize_scalar(lambda e: -at(e)[0], bounds=near, method="bounded", options={"xatol": 1e-5})
-    top, log_factor = at(float(found.x))
-    within = grid[likelihood >= top - 1.92]
-    low, high = (float(within[0]), float(within[-1])) if within.size else (float(found.x), float(found.x))
-    return FlipRate(
-        float(found.x), min(low, float(found.x)), max(high, float(found.x)), float(np.exp(log_factor) / size)
-    )
+    found = minimize_scalar(lambda e: -profile(e), bounds=near, method="bounded", options={"xatol": 1e-5})
+    estimate, top = float(grid[best]), float(likelihood[best])
+    if -found.fun > top:
+        estimate, top = float(found.x), -float(found.fun)
+    # The bounds lie between points of a grid, however narrow the interval is: the estimate itself is one of them.
+    place = int(np.searchsorted(grid, estimate))
+    points = np.insert(grid, place, estimate)
+    inside = np.flatnonzero(np.insert(likelihood, place, top) - top + _DROP >= 0)
+
+    def bound(outside: int, within: int) -> float:
+        if not 0 <= outside < len(points):
+            return float(points[within])
+        return float(brentq(lambda e: profile(e) - top + _DROP, points[outside], points[within], xtol=1e-6))
+
+    low, high = bound(inside[0] - 1, inside[0]), bound(inside[-1] + 1, inside[-1])
+    if factor is not None:
+        return FlipRate(estimate, low, high, factor)
+    log_factor = _best_factor(scaled, estimate)[1]
+    ends = np.abs(log_factor - np.log(FACTOR_LIMITS))
+    return FlipRate(estimate, low, high, float(np.exp(log_factor) / size), bool(ends.min() < 0.01))
 
 
 def fit_factor(margins: Floats, flip_rate: float) -> float:
-    """The calibration factor a > 0 at a known share of flipped labels; see `fit_flip_rate`."""
+    """The calibration factor a > 0 at a known share of flipped labels, within FACTOR_LIMITS; see `fit_flip_rate`."""
     require_finite(margins)
-    size = float(np.sqrt(np.mean(np.square(margins)))) if margins.size else 0.0
+    size = _root_mean_square(margins)
     return float(np.exp(_best_factor(margins / size, flip_rate)[1]) / size) if size else 1.0
+
+
+def _root_mean_square(margins: Floats) -> float:
+    return float(np.sqrt(np.mean(np.square(margins)))) if margins.size else 0.0
 
 
 def _best_factor(margins: Floats, e: float) -> tuple[float, float]:
     """(largest log-likelihood, log of its factor) at flip rate e, for margins of unit size."""
-    found = minimize_scalar(
-        lambda log_a: -_mixture_likelihood(margins, np.exp(log_a), e),
-        bounds=(np.log(1e-3), np.log(1e3)),
-        method="bounded",
-        options={"xatol": 1e-4},
-    )
+
+    def loss(log_a: float) -> float:
+        return -_likelihood(expit(np.exp(log_a) * margins), e)
+
+    # The likelihood can have more than one maximum in a: the best of a coarse grid says which one to go to.
+    grid = np.linspace(np.log(FACTOR_LIMITS[0]), np.log(FACTOR_LIMITS[1]), 9)
+    best = int(np.argmin([loss(x) for x in grid]))
+    near = (grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)])
+    found = minimize_scalar(loss, bounds=near, method="bounded", options={"xatol": 1e-4})
     return -float(found.fun), float(found.x)
 
 
-def _mixture_likelihood(margins: Floats, factor: float, e: float) -> float:
-    return float(np.log((1 - e) * expit(factor * margins) + e * expit(-factor * margins)).sum())
+def _likelihood(p: Floats, e: float) -> float:
+    """Log-likelihood of labels that are right with p [N] and flipped with e: (1-e) p + e (1-p) each."""
+    return float(np.log(e + (1 - 2 * e) * p).sum())
 
 
 def auroc(scores: Floats, truth: Bools) -> float:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clha.config import settings_from
+from clha.digests import digest_of
 from clha.errors import UserError
 from clha.progress import Progress
 from clha.runs import existing_run
@@ -45,7 +46,8 @@ def study_of_run(home: Home, run: Run, settings: Settings, progress: Progress) -
         raise UserError("noise study: the settings have no fit_reward, whose features it needs; add fit_reward.train")
     fit = settings.fit_reward.train
     policy, encoder = resolve_model(settings.policy.model, home), resolve_model(fit.encoder, home)
-    given = StudyInput(prepare, policy.path, encoder.path, {"policy": policy.digest, "encoder": encoder.digest})
+    digests = {"policy": policy.digest, "encoder": encoder.digest}
+    given = StudyInput(prepare, policy.path, encoder.path, digests, settings.policy.chat_template)
     report = home.reports / run.name / "noise-study.json"
     return run_study(home, settings.noise_study, fit, given, progress, report)
 
@@ -147,7 +149,9 @@ def _detection(study: Study, pairs: dict[str, LabelledPairs], rate: float, seed:
         columns = {"prompt_id": ids, "flipped": flips(ids, rate, seed), "p_right": found.p_right}
         writer.write_shard("labels", 0, pa.table(columns))
         writer.write_bytes("detection.json", json.dumps(found.figures).encode())
-        study.progress.log(f"flips {rate:.0%}, seed {seed}, {arm}: AUROC {found.figures.get('auroc', 0.5):.3f}")
+        auroc = found.figures["auroc"]
+        told = "no label to find" if auroc is None else f"AUROC {auroc:.3f}"
+        study.progress.log(f"flips {rate:.0%}, seed {seed}, {arm}: {told}")
         return {"rows": len(ids)}
 
     artifact = study.cell("noise_detection", _cell_settings(study, rate, seed) | {"arm": arm}, make)
@@ -183,6 +187,13 @@ def _training(
     return out
 
 
+def _template(name: str) -> str:
+    """What a key says of a chat template: the policy's own is in its digest, of a shipped one the content counts."""
+    from clha.chat import shipped_template
+
+    return name if name == "model" else digest_of(shipped_template(name))
+
+
 def _policy(
     study: Study, rows: dict[str, list[dict[str, Any]]], pairs: dict[str, LabelledPairs], rate: float, seed: int,
     name: str,
@@ -201,7 +212,7 @@ def _policy(
         from clha.study.policies import preference_margins, ranked_pair, train_policy
 
         began = time.monotonic()
-        chat = load_chat(study.given.policy)
+        chat = load_chat(study.given.policy, study.given.chat_template)
         tested = [(r, ranked_pair(chat, r["messages"], r["chosen"], r["rejected"], settings)) for r in rows["test"]]
         usable = [(r, pair) for r, pair in tested if pair is not None]
         facts: dict[str, Any] = {}
@@ -218,7 +229,7 @@ def _policy(
                 first, second = (r["rejected"], r["chosen"]) if swap else (r["chosen"], r["rejected"])
                 trained.append(ranked_pair(chat, r["messages"], first, second, settings, float(w)))
             kept = [p for p in trained if p is not None]
-            model = train_policy(study.given.policy, kept, settings, seed, writer.scratch, study.progress)
+            model = train_policy(study.given.policy, chat, kept, settings, seed, writer.scratch, study.progress)
             facts = {"trained_pairs": len(kept), "kept_pairs": int((weights > 0).sum())}
         margins = preference_margins(model, [pair for _, pair in usable])
         table = pa.table({"group": [r["group"] for r, _ in usable], "margin": margins})
@@ -230,10 +241,9 @@ def _policy(
         return {"rows": len(margins), **facts}
 
     what = _cell_settings(study, rate, seed) | settings.key_settings("rates", "train_rates", "seeds", "arms", "weights")
-    what |= {"weights": name}
     if untrained:
         what = {k: settings.key_settings()[k] for k in ("test_pairs", "max_tokens", "max_prompt_tokens")}
-        what |= {"weights": name}
+    what |= {"weights": name, "chat_template": _template(study.given.chat_template)}
     return study.cell("noise_training", what, make)
 
 

@@ -12,12 +12,16 @@ from clha.progress import Progress
 from clha.schema import SCHEMA_VERSION
 from clha.stages.work import find_or_make
 from clha.store import Artifact, ArtifactWriter, Home
+from clha.versions import package_version
 
 if TYPE_CHECKING:
     from clha.settings import NoiseStudy
     from clha.settings_rewards import RewardFit
 
-CODE_VERSION = {"noise_detection": 2, "noise_training": 2}
+CODE_VERSION = {"noise_detection": 3, "noise_training": 3}
+
+# Packages whose versions change a cell: features, heads and fits of the flip rate go into weights too.
+_PACKAGES = ("torch", "transformers", "numpy", "scipy")
 
 # Ways to weight that go by a reward model's judgement of the labels.
 JUDGED = frozenset({"calibrated", "shuffled"})
@@ -31,6 +35,7 @@ class StudyInput:
     policy: Path
     encoder: Path
     models: dict[str, str]  # role -> digest
+    chat_template: str = "model"  # of the policy; see `load_chat`
 
 
 class CellProgress(Progress):
@@ -81,6 +86,7 @@ class Study:
             "inputs": {"prepare": self.given.prepare.content_of(("reward_train", "train", "test"))},
             "models": self.given.models,
             "settings": what,
+            "versions": {name: package_version(name) for name in _PACKAGES},
         }
         self.progress.begin(digest_of(parts))
         return find_or_make(self.home, parts, {"prepare": self.given.prepare.key}, make)

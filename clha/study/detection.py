@@ -1,6 +1,6 @@
 """Finding flipped labels with a reward model that was fitted on other pairs, and how well that must work."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,6 @@ from clha.settings_rewards import RewardFit
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
-
-# Arms: the reward model's own pairs are clean, or flipped as often as those that it looks at.
 
 _RESAMPLES = 400
 
@@ -66,9 +64,13 @@ def detect(
 ) -> Detection:
     """Fit a head on `reward`, flip the labels of `looked_at`, and judge them.
 
-    In the arm "flipped" the labels of `reward` are flipped too, with the same rate, and calibration allows for it:
-    factor and flip rate are fitted together. Figures: AUROC and AUPRC of 1 - p_right against the truth with 95%
-    bootstrap intervals, the theory value for the head's accuracy on these pairs, and the estimated flip rate.
+    In the arm "clean" the labels of `reward` are right: they calibrate the head, and the flip rate is fitted on the
+    labels of `looked_at` alone. In the arm "flipped" they are flipped too, with the same rate, and no label can be
+    trusted: factor and flip rate are fitted together on both, and the interval is that of the joint profile.
+
+    Figures: AUROC and AUPRC of -margin against the truth (in the order of 1 - p_right, which can tie) with 95%
+    bootstrap intervals over groups, null where no label was flipped; the theory value for the head's accuracy on
+    these pairs; the estimated flip rate; and whether the factor ended at a limit (`noise.FACTOR_LIMITS`).
     """
     fitted_on = flips(reward.ids, rate if arm == "flipped" else 0.0, seed + 1)
     features = (reward.features, looked_at.features)
@@ -102,16 +104,17 @@ def _judged(
     ones = np.ones(len(pairs))
     cv = cross_validate(pairs, ones, reward.groups, fit.l2, fit.folds, fit.seed)
     head = fit_head(pairs[:, 0] - pairs[:, 1], cv.l2)
-    factor = noise.fit_flip_rate(cv.margins).factor if fitted_on.any() else fit_temperature(cv.margins)
     flipped = flips(looked_at.ids, rate, seed)
     judged = standardise(ours)
-    true_margins = (judged[:, 0] - judged[:, 1]) @ head * factor
+    true_margins = (judged[:, 0] - judged[:, 1]) @ head
     margins = np.where(flipped, -true_margins, true_margins)
-    found = noise.fit_flip_rate(margins, factor=1.0)
-    p = noise.pair_probability(margins[:, None], np.ones(1))
+    if fitted_on.any():
+        found = noise.fit_flip_rate(np.concatenate([cv.margins, margins]))
+    else:
+        found = noise.fit_flip_rate(margins, fit_temperature(cv.margins))
+    p = noise.pair_probability(margins[:, None], np.array([found.factor]))
     p_right = noise.label_probability(p, found.estimate)
     accuracy = float((true_margins > 0).mean())
-    doubt = 1 - p_right
     figures = {
         "rate": rate,
         "seed": seed,
@@ -119,7 +122,8 @@ def _judged(
         "pairs": len(margins),
         "reward_pairs": len(pairs),
         "l2": cv.l2,
-        "factor": factor,
+        "factor": found.factor,
+        "factor_at_limit": found.at_limit,
         "held_out_accuracy": float((cv.margins > 0).mean()),
         "accuracy": accuracy,
         "accuracy_interval": list(wilson_interval(accuracy, len(set(looked_at.groups)))),
@@ -127,24 +131,29 @@ def _judged(
         "flip_rate": found.estimate,
         "flip_rate_interval": [found.low, found.high],
     }
-    if flipped.any():
-        figures |= {
-            "auroc": noise.auroc(doubt, flipped),
-            "auprc": noise.auprc(doubt, flipped),
-        }
-    if flipped.any() and resamples:
-        figures["auroc_interval"] = _interval(noise.auroc, doubt, flipped, resamples)
-        figures["auprc_interval"] = _interval(noise.auprc, doubt, flipped, resamples)
+    for name, measure in (("auroc", noise.auroc), ("auprc", noise.auprc)):
+        some = bool(flipped.any())
+        figures[name] = measure(-margins, flipped) if some else None
+        interval = _interval(measure, -margins, flipped, looked_at.groups, resamples) if some and resamples else None
+        figures[f"{name}_interval"] = interval
     return Detection(p_right, figures)
 
 
-def _interval(measure: Any, scores: Floats, truth: Bools, resamples: int) -> list[float]:
-    """95% bootstrap interval of a measure over pairs."""
+def _interval(
+    measure: Callable[[Floats, Bools], float], scores: Floats, truth: Bools, groups: Sequence[str], resamples: int
+) -> list[float]:
+    """95% bootstrap interval of a measure; pairs of one group are drawn together."""
     draw = np.random.default_rng(0)
+    _, group = np.unique(groups, return_inverse=True)
+    sizes = np.bincount(group)
+    rows, starts = np.argsort(group, kind="stable"), np.cumsum(sizes) - sizes
     values = []
     for _ in range(resamples):
-        rows = draw.integers(0, len(scores), len(scores))
-        values.append(measure(scores[rows], truth[rows]))
+        drawn = draw.integers(0, len(sizes), len(sizes))
+        many = sizes[drawn]
+        first = np.repeat(starts[drawn] - (np.cumsum(many) - many), many)
+        sample = rows[first + np.arange(many.sum())]
+        values.append(measure(scores[sample], truth[sample]))
     low, high = np.nanquantile(values, [0.025, 0.975])
     return [float(low), float(high)]
 

@@ -1,5 +1,6 @@
 """Short training runs on labelled pairs with given weights, and the judgement of the trained policy."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from clha.chat import Chat, Unusable, load_chat
+from clha.chat import Chat, Unusable
 from clha.progress import Progress
 from clha.settings import NoiseStudy
 from clha.training.batches import Layout, RankedPrompt
@@ -56,9 +57,15 @@ class _Pairs:
 
 
 def train_policy(
-    model_folder: Path, pairs: list[RankedPrompt], settings: NoiseStudy, seed: int, scratch: Path, progress: Progress
+    model_folder: Path,
+    chat: Chat,
+    pairs: list[RankedPrompt],
+    settings: NoiseStudy,
+    seed: int,
+    scratch: Path,
+    progress: Progress,
 ) -> Any:
-    """Train the policy on all pairs once with CLHA. Returns the model."""
+    """Train the policy on all pairs once with CLHA; `chat` made their tokens. Returns the model."""
     import transformers
     from transformers import AutoModelForCausalLM
 
@@ -82,12 +89,11 @@ def train_policy(
         report_to=[],
         disable_tqdm=True,
     )
-    tokenizer = load_chat(model_folder).tokenizer
     trainer = ClhaTrainer(
         model,
         arguments,
         train_dataset=_Pairs(pairs),
-        processing_class=tokenizer,
+        processing_class=chat.tokenizer,
         callbacks=[ReportProgress(progress)],
     )
     trainer.remove_callback(transformers.PrinterCallback)
@@ -97,17 +103,19 @@ def train_policy(
 
 @torch.no_grad()
 def preference_margins(model: Any, pairs: list[RankedPrompt], tokens_per_micro_batch: int = 4096) -> Floats:
-    """Mean token log-probability of the first response minus that of the second, [N], in nats."""
+    """Mean token log-probability of the first response minus that of the second, [N], in nats; in the order given."""
     from clha.training import policy
 
     model.eval()
     abilities = policy.attach(model)
     device = next(model.parameters()).device
     layout = Layout(abilities.shares_prompts, device, model.config.pad_token_id or 0)
-    margins = []
-    for batch in layout.micro_batches(pairs, tokens_per_micro_batch):
+    # Micro-batches part the pairs by size: each carries its place as its name.
+    numbered = [replace(pair, prompt_id=str(i)) for i, pair in enumerate(pairs)]
+    margins = np.full(len(pairs), np.nan)
+    for batch in layout.micro_batches(numbered, tokens_per_micro_batch):
         logps = policy.response_logps(model, batch)
         means = sum_by_response(logps, batch.target_cell, *batch.candidate_mask.shape) / batch.response_lengths
-        margins.append((means[:, 0] - means[:, 1]).double().cpu().numpy())
+        margins[[int(i) for i in batch.prompt_ids]] = (means[:, 0] - means[:, 1]).double().cpu().numpy()
     policy.detach(model)
-    return np.concatenate(margins)
+    return margins

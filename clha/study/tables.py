@@ -24,7 +24,17 @@ _DETECTION = (
     "AUPRC",
     "estimated flips",
 )
-_TRAINING = ("flips", "weights", "held-out accuracy", "gain over no weights", "smallest effect it could show", "s/run")
+_TRAINING = (
+    "flips",
+    "weights",
+    "held-out accuracy",
+    "gain over no weights",
+    "smallest effect it could show",
+    "s of the slowest run",
+)
+
+# The labels ask for no calibration, or for a boundless one: they do not tell noise from a weak reward model.
+_AT_LIMIT = ", factor at its limit"
 
 
 def study_grids(results: Mapping[str, Any]) -> list[Grid]:
@@ -46,7 +56,7 @@ def _detection_row(d: Mapping[str, Any]) -> tuple[str, ...]:
         _with(d.get("auroc"), d.get("auroc_interval")),
         f"{d['theory_auroc']:.3f}",
         _with(d.get("auprc"), d.get("auprc_interval")),
-        _with(d["flip_rate"], d["flip_rate_interval"]),
+        _with(d["flip_rate"], d["flip_rate_interval"]) + (_AT_LIMIT if d["factor_at_limit"] else ""),
     )
 
 
@@ -64,7 +74,7 @@ def _training_row(t: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _with(value: float | None, interval: Sequence[float] | None, sign: bool = False) -> str:
     if value is None or interval is None:
-        return ""
+        return "n/a"
     form = "+.3f" if sign else ".3f"
     return f"{value:{form}} [{interval[0]:{form}}, {interval[1]:{form}}]"
 

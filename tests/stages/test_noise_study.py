@@ -1,16 +1,20 @@
 """The noise study, on the tiny model: every cell once, taken up where it stopped."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from reward_cases import preference_rows, write_prompts
 
+from clha import chat
 from clha.errors import UserError
 from clha.progress import Progress
 from clha.settings import NoiseStudy
 from clha.settings_rewards import RewardFit
+from clha.stages import study_cells
 from clha.stages import work as stages_work
 from clha.stages.noise_study import run_study
 from clha.stages.study_cells import StudyInput, count_cells
@@ -112,6 +116,51 @@ def test_policies_are_trained_at_the_chosen_rates_only(home: Home, tiny_model: P
     results = run_study(home, some, FIT, work, Progress())
     assert {d["rate"] for d in results["detection"]} == {0.3, 0.1}
     assert [(t["rate"], t["weights"]) for t in results["training"]] == [(0.3, "before training"), (0.3, "none")]
+
+
+def test_without_flips_there_is_nothing_to_find_but_gains_to_lose(home: Home, tiny_model: Path, tmp_path: Path) -> None:
+    clean = SMALL.model_copy(update={"rates": [0.0], "seeds": [0], "weights": ["none", "calibrated"]})
+    report = tmp_path / "study.json"
+    results = run_study(home, clean, FIT, given(home, tiny_model), Progress(), report)
+    assert [d["auroc"] for d in results["detection"]] == [None, None]
+    assert all(d["flip_rate_interval"][0] <= d["flip_rate"] < 0.5 for d in results["detection"])
+    assert [t["weights"] for t in results["training"]] == ["before training", "none", "calibrated"]
+    low, high = results["training"][2]["gain"]["interval"]
+    assert low <= results["training"][2]["gain"]["gain"] <= high
+    assert "NaN" not in report.read_text() and "| 0% | 0 | clean |" in report.with_suffix(".md").read_text()
+
+
+def test_the_policy_speaks_by_the_template_of_the_settings(home: Home, tiny_model: Path, tmp_path: Path) -> None:
+    """A base model has no template of its own: the study takes policy.chat_template, which is in the keys."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    (base / "chat_template.jinja").unlink(missing_ok=True)
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    work = given(home, tiny_model)
+    few = SMALL.model_copy(update={"seeds": [0], "arms": ["clean"], "weights": ["none"]})
+    with pytest.raises(UserError, match="has no chat template"):
+        run_study(home, few, FIT, replace(work, policy=base), Progress())
+    run_study(home, few, FIT, replace(work, policy=base, chat_template="hh"), Progress())
+    assert cells(home)["noise_training"] == 2
+    run_study(home, few, FIT, work, Progress())
+    assert cells(home) == {"features": 1, "noise_detection": 1, "noise_training": 4}
+
+
+def test_keys_hold_what_changes_a_cell(home: Home, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = replace(given(home, tiny_model), chat_template="hh")
+    few = SMALL.model_copy(update={"seeds": [0], "arms": ["clean"], "weights": ["none"]})
+    run_study(home, few, FIT, work, Progress())
+    manifests = [json.loads(p.read_text()) for p in home.artifacts.glob("noise_*/*/manifest.json")]
+    assert all(set(m["key_parts"]["versions"]) == {"torch", "transformers", "numpy", "scipy"} for m in manifests)
+    source = chat.shipped_template("hh")
+    monkeypatch.setattr(chat, "shipped_template", lambda name: source + "{# mended #}")
+    run_study(home, few, FIT, work, Progress())
+    assert cells(home) == {"features": 1, "noise_detection": 1, "noise_training": 4}
+    monkeypatch.setattr(study_cells, "package_version", lambda name: "another")
+    run_study(home, few, FIT, work, Progress())
+    assert cells(home) == {"features": 1, "noise_detection": 2, "noise_training": 6}
 
 
 def test_a_rate_to_train_on_must_be_one_of_the_rates() -> None:

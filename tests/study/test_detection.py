@@ -1,5 +1,7 @@
 """Flipped labels: made reproducibly, found as well as theory says."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.stats import norm
@@ -60,6 +62,68 @@ def test_detection_meets_theory_on_gaussian_margins(rate: float, arm: str, accur
 def test_the_injected_rate_is_estimated_with_a_clean_reward_model() -> None:
     found = detect(pairs(2000, 0.85, 1, "r"), pairs(5000, 0.85, 2, "t"), 0.3, 0, "clean", FIT, 20)
     assert found.figures["flip_rate"] == pytest.approx(0.3, abs=0.05)
+
+
+def differences(found: LabelledPairs, rate: float) -> tuple[np.ndarray, np.ndarray]:
+    """What a head on the one feature says of the labels as they are shown, and which are flipped."""
+    flipped = flips(found.ids, rate, 0)
+    d = (found.features[:, 0] - found.features[:, 1])[:, 0]
+    return np.where(flipped, -d, d), flipped
+
+
+def test_certainty_that_ties_does_not_spoil_the_ranking() -> None:
+    """Margins far above 37: p_right is exactly 1 or 0, the margins still tell who is surer."""
+    reward, looked_at = pairs(500, 0.7, 1, "r"), pairs(400, 0.7, 2, "t")
+    sure = replace(looked_at, features=looked_at.features * 1e4)
+    margins, flipped = differences(looked_at, 0.4)
+    found = detect(reward, sure, 0.4, 0, "clean", FIT, 20)
+    assert len(np.unique(found.p_right)) < 50
+    assert noise.auroc(1 - found.p_right, flipped) < found.figures["auroc"] - 0.02
+    assert found.figures["auroc"] == noise.auroc(-margins, flipped)
+    assert found.figures["auprc"] == noise.auprc(-margins, flipped)
+
+
+def test_a_factor_at_its_limit_is_named_and_ties_nothing() -> None:
+    """40 pairs of a weak judge: their labels ask for a boundless factor (seed 4)."""
+    looked_at = pairs(40, 0.65, 104, "t")
+    found = detect(pairs(60, 0.65, 4, "r"), looked_at, 0.4, 4, "flipped", FIT, 20)
+    assert found.figures["factor_at_limit"] is True
+    assert len(np.unique(found.p_right)) == 40
+    assert not detect(pairs(2000, 0.8, 1, "r"), looked_at, 0.4, 0, "clean", FIT, 0).figures["factor_at_limit"]
+
+
+def test_where_no_label_can_be_trusted_the_interval_of_the_rate_is_the_joint_one() -> None:
+    """Both kinds of labels, flipped alike, in one fit of rate and factor; with one feature folds differ in scale."""
+    reward, looked_at = pairs(2000, 0.9, 1, "r"), pairs(1000, 0.9, 2, "t")
+    figures = detect(reward, looked_at, 0.3, 0, "flipped", FIT, 0).figures
+    low, high = figures["flip_rate_interval"]
+    assert low < 0.3 < high
+    margins, _ = differences(looked_at, 0.3)
+    theirs = reward.features[:, 0, 0] - reward.features[:, 1, 0]
+    theirs = np.where(flips(reward.ids, 0.3, 1), -theirs, theirs)
+    joint = noise.fit_flip_rate(np.concatenate([theirs, margins]))
+    assert [figures["flip_rate"], low, high] == pytest.approx(joint[:3], abs=0.02)
+    weak = detect(pairs(500, 0.65, 1, "r"), pairs(200, 0.65, 2, "t"), 0.3, 0, "flipped", FIT, 0).figures
+    assert weak["flip_rate_interval"][1] - weak["flip_rate_interval"][0] > 0.2, "a weak reward model says so"
+
+
+def test_without_flips_there_is_nothing_to_find() -> None:
+    figures = detect(pairs(200, 0.8, 1, "r"), pairs(100, 0.8, 2, "t"), 0.0, 0, "flipped", FIT, 20).figures
+    assert [figures[k] for k in ("auroc", "auprc", "auroc_interval", "auprc_interval")] == [None] * 4
+    assert figures["flip_rate_interval"][0] == pytest.approx(noise.FLIP_LIMITS[0])
+
+
+def test_pairs_of_one_dialogue_are_drawn_together() -> None:
+    """Each pair three times over says no more: the interval keeps its width, drawn apart it would shrink."""
+    once = pairs(200, 0.7, 2, "t")
+    ids = [f"{i}-{k}" for i in once.ids for k in range(3)]
+    thrice = LabelledPairs(ids, ids, once.features.repeat(3, 0), once.lengths.repeat(3, 0))
+    reward = pairs(500, 0.7, 1, "r")
+    width = {}
+    for name, groups in (("apart", ids), ("together", [i.split("-")[0] for i in ids])):
+        low, high = detect(reward, replace(thrice, groups=groups), 0.4, 0, "clean", FIT).figures["auroc_interval"]
+        width[name] = high - low
+    assert width["together"] > 1.2 * width["apart"]
 
 
 def test_length_finds_nothing_where_it_says_nothing() -> None:
