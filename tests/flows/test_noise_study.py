@@ -56,6 +56,19 @@ def test_it_prepares_the_data_prints_its_tables_and_a_second_one_makes_nothing(
 
 
 @pytest.mark.slow
+def test_a_study_without_flips_says_what_weights_cost(command: Clha, home: Home, on_pairs: tuple[str, ...]):
+    done = command("noise-study", *on_pairs, "--rates", "0", "--weights", "none,calibrated", "--no-prefect", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads(done.stdout)
+    (found,) = results["detection"]
+    assert (found["rate"], found["auroc"], found["auprc"]) == (0, None, None)
+    assert [t["weights"] for t in results["training"]] == ["before training", "none", "calibrated"]
+    assert results["training"][2]["gain"]["pairs"] == 30
+    table = (home.reports / "s" / "noise-study.md").read_text()
+    assert "| 0% | 0 | clean |" in table and "| n/a |" in table and "| 0% | calibrated |" in table
+
+
+@pytest.mark.slow
 def test_a_killed_study_goes_on_with_the_cells_that_are_missing(command: Clha, home: Home, on_pairs: tuple[str, ...]):
     arguments = ("noise-study", *on_pairs, "--weights", "none,calibrated,oracle", "--no-prefect")
     study = subprocess.Popen(clha_command(*arguments), cwd=ROOT, env=environment(home.root), stdout=subprocess.DEVNULL)
