@@ -58,10 +58,15 @@ class FitReward(Group):
 
 
 class RewardModel(Group):
-    """A reward model: `fitted` is what fit_reward makes, `ensemble` is several, `server` a vLLM pooling server."""
+    """A reward model: `fitted` is what fit_reward makes in this run, `encoder_head` a head that it made in another one,
+    `ensemble` is several, `server` a vLLM pooling server.
+    """
 
-    type: Literal["fitted", "sequence_classification", "gpt_neox_reward_model", "server", "ensemble"] = "fitted"
+    type: Literal[
+        "fitted", "encoder_head", "sequence_classification", "gpt_neox_reward_model", "server", "ensemble"
+    ] = "fitted"
     model: str | None = place(None)
+    encoder: str | None = place(None)  # of an encoder_head: the model that it was fitted on
     url: str | None = execution(None)  # of the server, which has `model`; the key comes from VLLM_API_KEY
     members: list["RewardModel"] = []  # of the ensemble
     scale: Annotated[float, Field(gt=0)] = 1.0  # what a member's rewards are multiplied by
@@ -73,6 +78,8 @@ class RewardModel(Group):
     def _model(self) -> "RewardModel":
         if (self.type in ("fitted", "ensemble")) != (self.model is None):
             raise ValueError("model must be given for every type but `fitted` and `ensemble`, and only there")
+        if (self.type == "encoder_head") != (self.encoder is not None):
+            raise ValueError("encoder must be given for type `encoder_head`, and only there")
         if (self.type == "server") != (self.url is not None):
             raise ValueError("url must be given for type `server`, and only there")
         if (self.type == "ensemble") != bool(self.members):
@@ -80,6 +87,10 @@ class RewardModel(Group):
         if any(m.type == "ensemble" for m in self.members):
             raise ValueError("an ensemble cannot be a member of an ensemble: list its members")
         return self
+
+    def parts(self, role: str) -> dict[str, "RewardModel"]:
+        """The reward models that it is made of: {role: itself}, or {role.0: first member, ...}."""
+        return {f"{role}.{i}": m for i, m in enumerate(self.members)} or {role: self}
 
     @property
     def uses_fitted(self) -> bool:

@@ -117,6 +117,25 @@ def write_candidates(home: Home, rows: list[dict[str, Any]]) -> Artifact:
     return write_artifact(home, "generate", {"candidates": (rows, CANDIDATES)})
 
 
+def write_bert(folder: Path, layers: int = 1) -> Path:
+    """A random bidirectional encoder without a chat template, on the tiny model's tokenizer."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    from clha.tiny_model import tiny_tokenizer
+
+    tokenizer: Any = tiny_tokenizer()
+    tokenizer.chat_template = None
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=layers, num_attention_heads=2,
+        intermediate_size=64, max_position_embeddings=512,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def node_work(
     home: Home,
     settings: Settings,

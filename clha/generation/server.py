@@ -1,5 +1,6 @@
 """A vLLM server that speaks the OpenAI protocol, in place of an engine in this process: token ids both ways."""
 
+import hashlib
 import os
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -143,16 +144,32 @@ def _check_served(server: Served, model: Path, settings: EngineSettings) -> None
             f"generate.engine.max_model_len is {settings.max_model_len}, but {settings.url} was started with "
             f"{server.max_model_len}; lower one or raise the other"
         )
-    root = Path(server.root)
-    if root.is_dir() and root.resolve() != model.resolve() and _signature(root) != _signature(model):
-        raise UserError(f"generate.engine.url: {settings.url} serves {root}, which is not the policy {model}")
+    if serves_another(server.root, model):
+        raise UserError(f"generate.engine.url: {settings.url} serves {server.root}, which is not the policy {model}")
 
 
-def _signature(folder: Path) -> list[tuple[str, int | str]]:
+def serves_another(root: str, model: Path) -> bool:
+    """Whether a server whose model lies in `root` serves another one than `model`; False where this cannot be seen."""
+    place = Path(root)
+    return place.is_dir() and place.resolve() != model.resolve() and _signature(place) != _signature(model)
+
+
+def _signature(folder: Path) -> list[tuple[str, str]]:
     """Enough of a model folder to tell two models apart without reading all of their weights."""
-    weights: list[tuple[str, int | str]] = [(f.name, f.stat().st_size) for f in folder.glob("*.safetensors")]
+    weights = [(f.name, _sampled(f)) for f in folder.glob("*.safetensors")]
     texts = [folder / name for name in ("config.json", "tokenizer.json")]
     return sorted(weights + [(f.name, file_sha256(f)) for f in texts if f.is_file()])
+
+
+def _sampled(file: Path) -> str:
+    """Digest of a file's size and of sixteen pieces of it: weights of one shape that were trained apart differ."""
+    size, piece, digest = file.stat().st_size, 1 << 16, hashlib.sha256()
+    digest.update(str(size).encode())
+    with open(file, "rb") as content:
+        for i in range(16):
+            content.seek(max(0, size - piece) * i // 15)
+            digest.update(content.read(piece))
+    return digest.hexdigest()
 
 
 def _base(url: str) -> str:

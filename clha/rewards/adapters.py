@@ -1,6 +1,7 @@
 """Reward models behind one small interface: prompts with responses in, rewards out."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from clha.settings_rewards import RewardModel
 
 
 class EncoderHead:
-    """What `fit_reward` makes: linear heads on frozen features of an encoder."""
+    """What `fit_reward` makes, in this run or another: linear heads on frozen features of an encoder.
+
+    Raises UserError when the head does not fit the encoder.
+    """
 
     def __init__(self, fitted: Path, encoder: Path, settings: RewardModel, device: str) -> None:
         """`fitted`: the folder `reward_model` of a fit_reward artifact; `encoder`: the model it was fitted on."""
@@ -33,6 +37,9 @@ class EncoderHead:
             device=device,
             dtype=torch_dtype(settings.dtype),
         )
+        width = len(self.head.standardiser.mean)
+        if width != self._encoder.width:
+            raise UserError(f"reward model {fitted}: reads {width} features, {encoder.name} has {self._encoder.width}")
 
     @property
     def padding(self) -> Padding:
@@ -136,20 +143,38 @@ def scoring_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def model_folders(models: Mapping[str, Path], role: str) -> Path | list[Path]:
-    """The model folder of a reward model, or one for each member of an ensemble; `role`: "rescore.reward"."""
-    members = sorted((r for r in models if r.startswith(f"{role}.")), key=lambda r: int(r.rsplit(".", 1)[1]))
-    return models[role] if role in models else [models[r] for r in members]
+@dataclass(frozen=True)
+class HeadFolders:
+    """Where a head of type `encoder_head` lies, and the encoder that it reads."""
+
+    head: Path
+    encoder: Path
+
+
+Folders = Path | HeadFolders
+
+
+def model_folders(models: Mapping[str, Path], role: str) -> Folders | list[Folders]:
+    """The folder of a reward model, or one for each member of an ensemble; `role`: "rescore.reward"."""
+
+    def one(name: str) -> Folders:
+        encoder = models.get(f"{name}.encoder")
+        return models[name] if encoder is None else HeadFolders(models[name], encoder)
+
+    if role in models:
+        return one(role)
+    numbers = (r.removeprefix(f"{role}.") for r in models if r.startswith(f"{role}."))
+    return [one(f"{role}.{i}") for i in sorted(int(n) for n in numbers if n.isdigit())]
 
 
 def load_scorer(
-    settings: RewardModel, model: Path | list[Path], fitted: Path | None, device: str | None = None
+    settings: RewardModel, model: Folders | list[Folders], fitted: Path | None, device: str | None = None
 ) -> RewardScorer:
     """Load the reward model that `settings` describe.
 
     Args:
         settings: `rescore.reward` or `evaluate.reward`.
-        model: the model folder; for type `fitted` the encoder, for `ensemble` one folder for each member.
+        model: the model folder; for type `fitted` the encoder, for `ensemble` one for each member (`model_folders`).
         fitted: for type `fitted`, the folder of the fit_reward artifact.
         device: "cpu", "cuda", "cuda:1"; default: a GPU if there is one.
 
@@ -160,6 +185,8 @@ def load_scorer(
         assert isinstance(model, list)
         loaded = [load_scorer(m, f, fitted, device) for m, f in zip(settings.members, model, strict=True)]
         return Ensemble(loaded, [m.scale for m in settings.members])
+    if isinstance(model, HeadFolders):
+        return EncoderHead(model.head, model.encoder, settings, device)
     assert isinstance(model, Path)
     if settings.type == "fitted":
         if fitted is None:

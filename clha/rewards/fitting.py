@@ -220,25 +220,15 @@ def _correlation(columns: Floats) -> float:
 
 @dataclass(frozen=True)
 class Members:
-    """M heads [M, D] with their calibration factors [M], and rewards [N, 2] by heads that never saw the group.
-
-    With one head the rewards are those of cross-validation; with several the mean of the members in whose bootstrap
-    sample the group is absent, NaN where there is none. All are in log-odds.
-    """
+    """M heads [M, D] and the factors [M] that bring the reward of each to log-odds."""
 
     heads: Floats
     factors: Floats
-    rewards: Floats
 
-    def report(self, weights: Floats, groups: int) -> dict[str, Any]:
-        """Number of members, and of several their accuracy together, [N] weights, on pairs that they did not see."""
-        out: dict[str, Any] = {"count": len(self.heads)}
-        margins = self.rewards[:, 0] - self.rewards[:, 1]
-        seen = np.isfinite(margins)
-        if len(self.heads) > 1 and seen.any():
-            accuracy = float(np.average(margins[seen] > 0, weights=weights[seen]))
-            out |= {"accuracy": accuracy, "accuracy_interval": list(wilson_interval(accuracy, groups * seen.mean()))}
-        return out
+    @property
+    def calibrated(self) -> Floats:
+        """[M, D], whose rewards are in log-odds; the reward model is their mean."""
+        return self.heads * self.factors[:, None]
 
 
 def bootstrap_members(
@@ -254,20 +244,31 @@ def bootstrap_members(
     differences = features[:, 0] - features[:, 1]
     draw = np.random.default_rng(seed)
     heads, factors = [], []
-    total, count = np.zeros((len(features), 2)), np.zeros(len(features))
     for _ in range(members):
         times = np.bincount(draw.integers(0, len(names), len(names)), minlength=len(names))[of_pair]
         drawn, out = times > 0, times == 0
         head = fit_head(differences[drawn], l2, (weights * times)[drawn])
-        factor = fit_temperature(differences[out] @ head, weights[out]) if out.any() else 1.0
-        total[out] += features[out] @ head * factor
-        count[out] += 1
         heads.append(head)
-        factors.append(factor)
-    unseen = count > 0
-    rewards = np.full((len(features), 2), np.nan)
-    rewards[unseen] = total[unseen] / count[unseen, None]
-    return Members(np.stack(heads), np.array(factors), rewards)
+        factors.append(fit_temperature(differences[out] @ head, weights[out]) if out.any() else 1.0)
+    return Members(np.stack(heads), np.array(factors))
+
+
+def cross_validate_members(
+    features: Floats, weights: Floats, groups: Sequence[Hashable], l2: float, members: int, folds: int, seed: int
+) -> tuple[Floats, Floats]:
+    """Rewards of every response by the mean of members, drawn, fitted and calibrated on other folds than its own.
+
+    Arguments as of `cross_validate` and `bootstrap_members`. Returns rewards [N, 2] as the heads give them, and in
+    log-odds (each member times its own factor): of what is used, the mean, and not of a member or a single head.
+    """
+    fold = assign_folds(groups, folds, seed)
+    plain, calibrated = np.zeros((len(features), 2)), np.zeros((len(features), 2))
+    for k in range(folds):
+        held, rest = fold == k, np.flatnonzero(fold != k)
+        made = bootstrap_members(features[rest], weights[rest], [groups[i] for i in rest], l2, members, seed)
+        plain[held] = features[held] @ made.heads.mean(axis=0)
+        calibrated[held] = features[held] @ made.calibrated.mean(axis=0)
+    return plain, calibrated
 
 
 def length_bias(margins: Floats, lengths: NDArray[np.int64], weights: Floats) -> dict[str, float | None]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save
 
-from clha.errors import StageFailure
+from clha.errors import StageFailure, UserError
 from clha.rewards.fitting import Standardiser
 
 Floats = NDArray[np.float64]
@@ -72,3 +72,21 @@ def fitted_config(folder: Path) -> dict[str, Any]:
         return own
     except (OSError, ValueError) as error:
         raise StageFailure(f"{folder}: no readable reward model ({error})") from error
+
+
+def check_encoder(folder: Path, digest: str, role: str) -> None:
+    """Raises UserError when `folder` holds no linear head, or one that was fitted on another encoder than `digest`.
+
+    `role`: whose setting it is, "rescore.reward".
+    """
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(
+            f"{role}.model: {folder} has no {WEIGHTS}; give the folder reward_model of a fit_reward artifact (what "
+            "method: lora makes is of type sequence_classification)"
+        )
+    config = fitted_config(folder)
+    if config.get("encoder") != digest:
+        raise UserError(
+            f"{role}.encoder is another model than the one that the head in {folder} was fitted on "
+            f"({config.get('encoder_name', 'unknown')}, {str(config.get('encoder'))[:12]})"
+        )

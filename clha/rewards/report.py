@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 
 from clha.rewards.calibration import fit_temperature, measure, reliability
 from clha.rewards.fitting import (
-    CrossValidation,
     Members,
     Standardiser,
     assign_folds,
     bootstrap_members,
     cross_validate,
+    cross_validate_members,
     fit_head,
     learning_curve,
     length_bias,
@@ -48,7 +48,8 @@ def fit_pairs(
         config: what the head's file says besides (encoder, layer, ...).
 
     Returns the head and the report (fit.json). Accuracy, calibration, length bias and the threshold all come from
-    out-of-fold rewards: judgements of heads that never saw the dialogue.
+    out-of-fold rewards: judgements of heads that never saw the dialogue; with several members they are those of their
+    mean, which is what rescoring uses.
     """
     used = np.unique(pairs)
     standardise = Standardiser.of(features[used])
@@ -57,14 +58,20 @@ def fit_pairs(
     if fit.members == 1:
         factor = fit_temperature(cv.margins, weights)
         whole = fit_head(standardised[pairs[:, 0]] - standardised[pairs[:, 1]], cv.l2, weights)
-        members = Members(whole[None], np.array([factor]), cv.rewards * factor)
+        members = Members(whole[None], np.array([factor]))
+        judged, rewards = cv.rewards, cv.rewards * factor
+        margins = cross_calibrated(cv.margins, weights, groups, fit.folds, fit.seed)
     else:
         members = bootstrap_members(standardised[pairs], weights, groups, cv.l2, fit.members, fit.seed)
-    chosen = _per_response(pairs[:, 0], members.rewards[:, 0])
-    threshold = float(np.quantile(chosen[np.isfinite(chosen)], fit.sft_quantile))
+        factor = float(members.factors.mean())
+        judged, rewards = cross_validate_members(
+            standardised[pairs], weights, groups, cv.l2, fit.members, fit.folds, fit.seed
+        )
+        margins = rewards[:, 0] - rewards[:, 1]
+    threshold = float(np.quantile(_per_response(pairs[:, 0], rewards[:, 0]), fit.sft_quantile))
     head = Head(
         standardise,
-        members.heads * members.factors[:, None],
+        members.calibrated,
         config
         | {
             "calibration": {"factor": members.factors.tolist()},
@@ -74,9 +81,15 @@ def fit_pairs(
             "unit": "log-odds",
         },
     )
-    report = _report(cv, members, threshold, pairs, weights, groups, lengths, fit)
     curve = learning_curve(standardised[pairs], weights, groups, cv.l2, fit.folds, fit.seed)
-    return head, report | {"learning_curve": [asdict(point) for point in curve]}
+    return head, judgement(judged, rewards, margins, factor, weights, groups, lengths[pairs]) | {
+        "l2": cv.l2,
+        "agreement_between_halves": next(p.agreement for p in cv.path if p.l2 == cv.l2),
+        "l2_path": cv.path_rows(),
+        "members": {"count": fit.members},
+        "sft_threshold": threshold,
+        "learning_curve": [asdict(point) for point in curve],
+    }
 
 
 def _per_response(rows: NDArray[np.int64], rewards: Floats) -> Floats:
@@ -85,31 +98,9 @@ def _per_response(rows: NDArray[np.int64], rewards: Floats) -> Floats:
     return rewards[first]
 
 
-def _report(
-    cv: CrossValidation,
-    members: Members,
-    threshold: float,
-    pairs: NDArray[np.int64],
-    weights: Floats,
-    groups: Sequence[Hashable],
-    lengths: NDArray[np.int64],
-    fit: RewardFit,
-) -> dict[str, Any]:
-    count = len(set(groups))
-    margins = cross_calibrated(cv.margins, weights, groups, fit.folds, fit.seed)
-    chosen_point = next(p for p in cv.path if p.l2 == cv.l2)
-    factor = fit_temperature(cv.margins, weights)
-    return judgement(cv.rewards, margins, factor, weights, groups, lengths[pairs]) | {
-        "l2": cv.l2,
-        "agreement_between_halves": chosen_point.agreement,
-        "l2_path": cv.path_rows(),
-        "members": members.report(weights, count),
-        "sft_threshold": threshold,
-    }
-
-
 def judgement(
     judged: Floats,
+    rewards: Floats,
     calibrated: Floats,
     factor: float,
     weights: Floats,
@@ -120,15 +111,15 @@ def judgement(
 
     Args:
         judged: [N, 2], rewards (chosen, rejected) by models that never saw the pair's group; uncalibrated.
+        rewards: [N, 2], the same in log-odds.
         calibrated: [N], margins in log-odds, by factors that never saw the pair's group.
-        factor: from `judged` to log-odds.
+        factor: from `judged` to log-odds; of several members the mean of theirs.
         weights, groups: [N] of the pairs.
         lengths: [N, 2], characters.
     """
     margins = judged[:, 0] - judged[:, 1]
-    accuracy = float(np.average(margins > 0, weights=weights))
+    accuracy = float(np.average(rewards[:, 0] > rewards[:, 1], weights=weights))
     diagrams = {"reliability_before": reliability(margins, weights), "reliability": reliability(calibrated, weights)}
-    rewards = judged * factor
     return {
         "accuracy": accuracy,
         "accuracy_interval": list(wilson_interval(accuracy, len(set(groups)))),
@@ -142,7 +133,7 @@ def judgement(
                 for name, (predicted, observed, mass) in diagrams.items()
             },
         },
-        "length_bias": length_bias(margins, lengths, weights),
+        "length_bias": length_bias(rewards[:, 0] - rewards[:, 1], lengths, weights),
         "reward_std": float(rewards.std()),
         "metrics": _trainer_metrics(rewards, weights),
     }

@@ -1,10 +1,6 @@
 """A reward model behind HTTP: a vLLM server with a pooling model (`vllm serve MODEL --runner pooling`)."""
 
-import json
 import math
-import os
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from clha.errors import StageFailure, TransientFailure, UserError
+from clha.errors import StageFailure, UserError
+from clha.generation.server import serves_another
 from clha.rewards.interface import Done, Scored, one_member
 from clha.rewards.scoring import Padding, length_batches
+from clha.rewards.served import ask, root_of, served
 from clha.rewards.texts import RewardInput, encode_all, text_encoder
 from clha.settings_rewards import RewardModel
 
-_TIMEOUT_SECONDS = 600
 _CONCURRENT = 4
 
 
@@ -28,17 +25,22 @@ class ServerReward:
     def __init__(self, model: Path, settings: RewardModel) -> None:
         """`model`: the folder of the model that the server has; its tokenizer and template are used here.
 
-        Raises UserError when nothing answers at the URL.
+        Raises UserError when nothing answers at the URL, or a server with another model or too short a context.
         """
         assert settings.url is not None
         self.padding = Padding()
-        self._root = settings.url.rstrip("/").removesuffix("/v1")
+        self._url = settings.url
         self._tokens = settings.tokens_per_batch
         self._texts = text_encoder(model, settings.max_tokens, closed=True)
-        try:
-            self._model = str(self._call("/v1/models")["data"][0]["id"])
-        except TransientFailure as error:
-            raise UserError(f"{error}; start the server, or set the reward model's url") from None
+        server = served(settings.url)
+        self._model = server.name
+        if serves_another(server.root, model):
+            raise UserError(f"reward model: {settings.url} serves {server.root}, which is not its model {model}")
+        if server.max_model_len is not None and server.max_model_len < self._texts.max_tokens:
+            raise UserError(
+                f"reward model: max_tokens is {self._texts.max_tokens}, but {settings.url} was started with "
+                f"{server.max_model_len}; lower one or raise the other"
+            )
 
     def score(self, inputs: Sequence[RewardInput], progress: Done | None = None) -> Scored:
         places, encoded, problems = encode_all(self._texts, inputs)
@@ -57,27 +59,11 @@ class ServerReward:
 
     def _ask(self, ids: list[list[int]]) -> list[float]:
         body = {"model": self._model, "input": ids, "task": "classify", "use_activation": False}
-        data = sorted(self._call("/pooling", body)["data"], key=lambda d: d["index"])
+        where = f"{root_of(self._url)}/pooling"
+        data = sorted(ask(self._url, "/pooling", body)["data"], key=lambda d: d["index"])
         if len(data) != len(ids):
-            raise StageFailure(f"{self._root}/pooling: {len(ids)} texts asked for, {len(data)} answered")
-        return [_single(d["data"], self._root) for d in data]
-
-    def _call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("VLLM_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self._root + path, data, headers)
-        try:
-            with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as response:
-                answer: dict[str, Any] = json.loads(response.read())
-                return answer
-        except urllib.error.HTTPError as error:
-            reason = f"{self._root}{path}: answers {error.code}: {error.read(300).decode(errors='replace')}"
-            kind = TransientFailure if error.code >= 500 or error.code == 429 else UserError
-            raise kind(" ".join(reason.split())) from None
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-            raise TransientFailure(f"{self._root}{path}: no answer ({getattr(error, 'reason', error)})") from None
+            raise StageFailure(f"{where}: {len(ids)} texts asked for, {len(data)} answered")
+        return [_single(d["data"], where) for d in data]
 
 
 def _single(output: Any, where: str) -> float:

@@ -32,6 +32,7 @@ class TextEncoder(Protocol):
     """Turns messages and a response into the token IDs that one kind of model reads."""
 
     pad_id: int
+    max_tokens: int
 
     def encode(self, item: RewardInput) -> Encoded: ...
 

@@ -93,7 +93,7 @@ def tune(
     factor = fit_temperature(margins, weights)
     _scale_head(merged, factor)
     calibrated = cross_calibrated(margins, weights, groups, 2, fit.seed)
-    report = judgement(judged, calibrated, factor, weights, groups, texts.lengths[pairs])
+    report = judgement(judged, judged * factor, calibrated, factor, weights, groups, texts.lengths[pairs])
     chosen = np.unique(pairs[:, 0])
     return merged, report | {
         "groups": len(set(groups)),

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from clha.digests import digest_of
 from clha.errors import UserError
-from clha.models import resolve_model
+from clha.models import ModelFolder, resolve_model
 from clha.runs import Run
 from clha.schema import SCHEMA_VERSION
 from clha.settings import Settings
@@ -165,16 +165,40 @@ def _fit_node(role: str, fit: RewardFit) -> Node:
 def _reward_inputs(
     user: str, reward: RewardModel, role: str, fit: RewardFit | None
 ) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The node and the model folder that a reward model needs: ("fit_reward.train",), {"rescore.reward": ...}."""
-    if reward.type == "ensemble":
-        parts = [_reward_inputs(user, member, role, fit) for member in reward.members]
-        inputs = tuple(dict.fromkeys(name for names, _ in parts for name in names))
-        return inputs, {f"{user}.reward.{i}": m[f"{user}.reward"] for i, (_, m) in enumerate(parts)}
-    if reward.type == "fitted":
-        assert fit is not None  # checked by Settings
-        return (f"fit_reward.{role}",), {f"{user}.reward": fit.encoder}
-    assert reward.model is not None
-    return (), {f"{user}.reward": reward.model}
+    """The node and the model folders that a reward model needs: ("fit_reward.train",), {"rescore.reward": ...}."""
+    models: dict[str, str] = {}
+    for name, part in reward.parts(f"{user}.reward").items():
+        own = fit.encoder if part.type == "fitted" and fit is not None else part.model
+        assert own is not None  # checked by Settings
+        models[name] = own
+        if part.encoder is not None:
+            models[f"{name}.encoder"] = part.encoder
+    return (f"fit_reward.{role}",) if reward.uses_fitted else (), models
+
+
+def _scorers(settings: Settings, node: Node) -> dict[str, RewardModel]:
+    """The reward models that a node loads, by role."""
+    users = {"score": ("rescore",), "evaluate": ("rescore", "evaluate")}.get(node.name, ())
+    return {role: part for u in users for role, part in getattr(settings, u).reward.parts(f"{u}.reward").items()}
+
+
+def _served(settings: Settings, node: Node) -> dict[str, dict[str, str]]:
+    """What the servers among a node's reward models serve, by role. Raises UserError when one does not answer."""
+    urls = {role: part.url for role, part in _scorers(settings, node).items() if part.url is not None}
+    if not urls:
+        return {}
+    from clha.rewards.served import served_identity
+
+    return {role: served_identity(url) for role, url in urls.items()}
+
+
+def _check_heads(settings: Settings, node: Node, models: Mapping[str, ModelFolder]) -> None:
+    """Raises UserError where a head was fitted on another encoder than the one that is given."""
+    for role, part in _scorers(settings, node).items():
+        if part.type == "encoder_head":
+            from clha.rewards.head import check_encoder
+
+            check_encoder(models[role].path, models[f"{role}.encoder"].digest, role)
 
 
 def select_nodes(settings: Settings, stages: Iterable[str] = STAGES) -> list[Node]:
@@ -188,13 +212,15 @@ def select_nodes(settings: Settings, stages: Iterable[str] = STAGES) -> list[Nod
 
 def plan_node(home: Home, run: Run, settings: Settings, node: Node, inputs: Mapping[str, Artifact]) -> Planned:
     """The key of one node from the finished artifacts that it reads, and whether it is built already."""
+    models = {role: resolve_model(ref, home) for role, ref in node.models.items()}
+    _check_heads(settings, node, models)
     parts: dict[str, Any] = {
         "kind": node.kind,
         "schema_version": SCHEMA_VERSION,
         "code_version": CODE_VERSION[node.kind],
         "settings": node.settings,
         "inputs": {name: inputs[name].content_of(node.splits) for name in node.inputs},
-        "models": {role: resolve_model(ref, home).digest for role, ref in node.models.items()},
+        "models": {role: model.digest for role, model in models.items()},
         "versions": {name: package_version(name) for name in node.packages},
         "attempt": run.attempts.get(node.name, 0),
     }
@@ -206,6 +232,8 @@ def plan_node(home: Home, run: Run, settings: Settings, node: Node, inputs: Mapp
 
         assert engine.url is not None  # checked by Settings
         parts["server"] = served_identity(engine.url)
+    if servers := _served(settings, node):
+        parts["reward_servers"] = servers
     if node.kind == "weigh" and settings.rescore.noise.file is not None:
         parts["weights_file"] = weights_file_digest(settings.rescore.noise.file, home)
     key = digest_of(parts)[:24]

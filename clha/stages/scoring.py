@@ -16,7 +16,7 @@ from clha.schema import REWARDS
 from clha.store import Artifact, ArtifactWriter, read_parquet
 
 if TYPE_CHECKING:
-    from clha.rewards.adapters import RewardScorer, Scored
+    from clha.rewards.adapters import Folders, RewardScorer, Scored
     from clha.settings_rewards import RewardModel
 
 _READ = ["prompt_id", "candidate_id", "text", "truncated_turns"]
@@ -28,7 +28,7 @@ class Scoring:
     """What is scored with what, and where it goes: all that a process needs to know."""
 
     reward: RewardModel
-    model: Path | list[Path]
+    model: Folders | list[Folders]
     fitted: Path | None
     prepare: Artifact
     generate: Artifact
@@ -94,8 +94,7 @@ def _in_processes(scoring: Scoring, there: list[bool], processes: int, progress:
     """Let several processes claim the shards; each takes the next GPU, or its part of the threads."""
     import torch
 
-    gpus = torch.cuda.device_count()
-    devices = [f"cuda:{rank % gpus}" if gpus else "cpu" for rank in range(processes)]
+    devices = worker_devices(processes, torch.cuda.device_count())
     threads = max(1, torch.get_num_threads() // processes)
     context = multiprocessing.get_context("spawn")
     claimed, results = context.Array("b", [int(t) for t in there]), context.SimpleQueue()
@@ -133,6 +132,11 @@ def _in_processes(scoring: Scoring, there: list[bool], processes: int, progress:
         sum(d.padded for d in answers),
         f"{', '.join(dict.fromkeys(devices))} ({processes} processes)",
     )
+
+
+def worker_devices(processes: int, gpus: int) -> list[str]:
+    """The device of each process: the GPUs in turn, the CPU where there is none."""
+    return [f"cuda:{rank % gpus}" if gpus else "cpu" for rank in range(processes)]
 
 
 def _worker(scoring: Scoring, claimed: Any, results: Any, device: str, threads: int) -> None:
@@ -180,7 +184,10 @@ def _inputs(rows: list[dict[str, Any]], messages: dict[str, Any]) -> list[Any]:
 
 
 def _rows(rows: list[dict[str, Any]], scored: Scored) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of `rewards`, and the quarantine rows of candidates whose reward is not finite."""
+    """Rows of `rewards`, and the quarantine rows of candidates whose reward is not finite.
+
+    `truncated`: the reward was given for less than the whole dialogue, whether its own limit or the policy's cut it.
+    """
     from math import isfinite
 
     good, bad = [], []
@@ -193,7 +200,7 @@ def _rows(rows: list[dict[str, Any]], scored: Scored) -> tuple[list[dict[str, An
                     "candidate_id": row["candidate_id"],
                     "reward": reward,
                     "member_rewards": members,
-                    "truncated": bool(scored.truncated[i]),
+                    "truncated": bool(scored.truncated[i]) or row["truncated_turns"] > 0,
                 }
             )
         else:

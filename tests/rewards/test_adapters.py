@@ -2,8 +2,9 @@
 
 import json
 import random
-from collections.abc import Callable
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,15 +12,18 @@ import torch
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from reward_cases import node_work, preference_rows, write_prompts
+from reward_cases import node_work, preference_rows, write_bert, write_candidates, write_prompts
 from reward_cases import settings as chain_settings
 
 from clha.errors import UserError
-from clha.rewards.adapters import load_scorer, model_folders
+from clha.models import resolve_model
+from clha.rewards.adapters import Folders, HeadFolders, load_scorer, model_folders
 from clha.rewards.interface import RewardScorer
 from clha.rewards.texts import RewardInput
+from clha.runs import Run
 from clha.settings_rewards import RewardModel
 from clha.stages import fit_reward
+from clha.stages.chain import Planned, nodes, plan_node
 from clha.store import Home
 
 WORDS = "tea rain bread warm kind rude exact boring maps trains whatever gladly because often".split()  # noqa: SIM905
@@ -85,63 +89,123 @@ def neox_folder(tiny_model: Path, folder: Path, pooling: str) -> Path:
     return folder
 
 
-Loader = Callable[[int], RewardScorer]
+class Loader:
+    """Loads one reward model, with a token budget and from folders whose tokenizers pad on one side or the other."""
+
+    def __init__(self, folder: Folders | list[Folders], fitted: Path | None, scratch: Path, **settings: Any) -> None:
+        self._folder, self._fitted, self._scratch, self._settings = folder, fitted, scratch, settings
+
+    def __call__(self, budget: int, side: str = "right") -> RewardScorer:
+        settings = RewardModel(**({"tokens_per_batch": budget, "max_tokens": 400} | self._settings))
+        folders = [self._padding(f, side) for f in (self._folder if isinstance(self._folder, list) else [self._folder])]
+        fitted = self._fitted and self._copy(self._fitted, side)
+        return load_scorer(settings, folders if isinstance(self._folder, list) else folders[0], fitted, "cpu")
+
+    def _padding(self, folder: Folders, side: str) -> Folders:
+        if isinstance(folder, HeadFolders):
+            return HeadFolders(self._copy(folder.head, side), self._copy(folder.encoder, side))
+        return self._copy(folder, side)
+
+    def _copy(self, folder: Path, side: str) -> Path:
+        """The folder, the tokenizers in it padding on that side."""
+        copy = self._scratch / side / folder.name
+        if not copy.exists():
+            shutil.copytree(folder, copy)
+            for path in copy.rglob("tokenizer_config.json"):
+                path.write_text(json.dumps(json.loads(path.read_text()) | {"padding_side": side}))
+        return copy
 
 
 @pytest.fixture(scope="session")
 def loaders(tiny_model: Path, classifier: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loader]:
-    """name -> a function that loads that reward model with a token budget."""
-    home = Home(tmp_path_factory.mktemp("adapters")).create()
-    work = node_work(
-        home,
-        chain_settings(),
-        "fit_reward.train",
-        {"prepare": write_prompts(home, preference_rows(40))},
-        {"encoder": tiny_model},
-    )
-    fitted = fit_reward.build(work).folder
+    """name -> what loads that reward model."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    bert = write_bert(tmp_path_factory.mktemp("bert"), layers=2)
+    judge = tmp_path_factory.mktemp("bert-classifier")
+    shutil.copytree(bert, judge, dirs_exist_ok=True)
+    torch.manual_seed(3)
+    BertForSequenceClassification(BertConfig.from_pretrained(bert, num_labels=1)).save_pretrained(judge)
+
+    def fit(encoder: Path, **changes: Any) -> Path:
+        home = Home(tmp_path_factory.mktemp("adapters")).create()
+        own = {"encoder": "bundled:tiny-random", "layer": 1, "max_tokens": 256, "folds": 3} | changes
+        chain = chain_settings(fit_reward={"train": own, "eval": own})
+        prompts = write_prompts(home, preference_rows(80))
+        work = node_work(home, chain, "fit_reward.train", {"prepare": prompts}, {"encoder": encoder})
+        return fit_reward.build(work).folder
+
+    tuned = {"method": "lora", "lora": {"rank": 8, "learning_rate": 3e-2, "batch_pairs": 8, "epochs": 6}}
+    fitted = fit(tiny_model)
     neox = {p: neox_folder(tiny_model, tmp_path_factory.mktemp(f"neox-{p}"), p) for p in ("last", "mean")}
 
-    def load(folder: Path | list[Path], **settings: object) -> Loader:
-        return lambda budget: load_scorer(
-            RewardModel(tokens_per_batch=budget, max_tokens=400, **settings), folder, fitted, "cpu"
-        )
+    def load(folder: Folders | list[Folders], fitted: Path | None = None, **settings: Any) -> Loader:
+        return Loader(folder, fitted, tmp_path_factory.mktemp("sides"), **settings)
 
     return {
-        "fitted": load(tiny_model),
+        "fitted": load(tiny_model, fitted),
+        "fitted_members": load(tiny_model, fit(tiny_model, members=3)),
+        "fitted_mean_pooling": load(tiny_model, fit(tiny_model, pooling="mean", layer=2)),
+        "fitted_lora": load(tiny_model, fit(tiny_model, **tuned)),
+        "fitted_lora_bert": load(bert, fit(bert, **tuned)),
+        "fitted_role_text": load(bert, fit(bert)),
+        "encoder_head": load(
+            HeadFolders(fitted / "reward_model", tiny_model), type="encoder_head", model="h", encoder="e"
+        ),
         "sequence_classification": load(classifier, type="sequence_classification", model="c"),
+        "bert_classification": load(judge, type="sequence_classification", model="c"),
         "gpt_neox_last": load(neox["last"], type="gpt_neox_reward_model", model="n"),
         "gpt_neox_mean": load(neox["mean"], type="gpt_neox_reward_model", model="n"),
         "ensemble": load(
-            [tiny_model, classifier],
+            [tiny_model, classifier, HeadFolders(fitted / "reward_model", tiny_model)],
+            fitted,
             type="ensemble",
             members=[
                 RewardModel(),
                 RewardModel(type="sequence_classification", model="c", max_tokens=400, scale=0.5),
+                RewardModel(type="encoder_head", model="h", encoder="e", scale=2.0),
             ],
         ),
     }
 
 
-NAMES = ["fitted", "sequence_classification", "gpt_neox_last", "gpt_neox_mean", "ensemble"]
+NAMES = [
+    "fitted", "fitted_members", "fitted_mean_pooling", "fitted_lora", "fitted_lora_bert", "fitted_role_text",
+    "encoder_head", "sequence_classification", "bert_classification", "gpt_neox_last", "gpt_neox_mean", "ensemble",
+]  # fmt: skip
+
+
+def test_no_adapter_is_left_out(loaders: dict[str, Loader]) -> None:
+    """`server` is tested against a real one, in test_server.py."""
+    assert set(NAMES) == set(loaders)
+    types = {load(100).__class__.__name__ for load in loaders.values()}
+    assert types == {"EncoderHead", "SequenceClassification", "GptNeoxReward", "Ensemble"}
 
 
 @pytest.mark.parametrize("name", NAMES)
-@given(st.randoms(use_true_random=False), st.integers(30, 3000))
+@given(st.randoms(use_true_random=False), st.integers(30, 3000), st.sampled_from(["left", "right"]))
 @hypothesis_settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_rewards_do_not_depend_on_batches_order_or_neighbours(
-    loaders: dict[str, Loader], name: str, draw: random.Random, budget: int
+def test_rewards_do_not_depend_on_batches_order_neighbours_or_padding_side(
+    loaders: dict[str, Loader], name: str, draw: random.Random, budget: int, side: str
 ) -> None:
     items = inputs(24)
     whole = loaders[name](100_000).score(items)
     order = list(range(len(items)))
     draw.shuffle(order)
     some = order[: draw.randint(1, len(items))]
-    part = loaders[name](budget).score([items[i] for i in some])
+    part = loaders[name](budget, side).score([items[i] for i in some])
     assert np.abs(part.rewards - whole.rewards[some]).max() < 1e-5
     assert np.abs(part.members - whole.members[some]).max() < 1e-5
     assert (part.truncated == whole.truncated[some]).all()
     assert np.ptp(whole.rewards) > 1e-3
+
+
+def test_the_other_padding_side_is_what_the_tokenizers_say(classifier: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    for side in ("left", "right"):
+        folder = Loader(classifier, None, tmp_path)._copy(classifier, side)
+        assert AutoTokenizer.from_pretrained(folder).padding_side == side
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -162,11 +226,11 @@ def test_control_tokens_in_a_users_text_are_plain_text(loaders: dict[str, Loader
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_text_that_is_no_unicode_gets_no_reward_and_says_why(loaders: dict[str, Loader], name: str) -> None:
+def test_what_cannot_be_read_gets_no_reward_and_says_why(loaders: dict[str, Loader], name: str) -> None:
     asked = [{"role": "user", "content": "Hello"}]
-    scored = loaders[name](4096).score([RewardInput(asked, "broken \ud800"), RewardInput(asked, "whole")])
-    assert np.isnan(scored.rewards).tolist() == [True, False]
-    assert scored.problems[0].startswith("invalid_unicode")
+    scored = loaders[name](4096).score([RewardInput(asked, text) for text in ("broken \ud800", "whole", " \n")])
+    assert np.isnan(scored.rewards).tolist() == [True, False, True]
+    assert scored.problems[0].startswith("invalid_unicode") and scored.problems[2].startswith("empty_response")
 
 
 def test_nothing_to_score_is_no_error(loaders: dict[str, Loader]) -> None:
@@ -223,8 +287,58 @@ def test_an_ensemble_is_the_mean_of_its_scaled_members(loaders: dict[str, Loader
     items = inputs(6)
     both = loaders["ensemble"](4096).score(items)
     one, two = (loaders[n](4096).score(items).rewards for n in ("fitted", "sequence_classification"))
-    assert both.members == pytest.approx(np.stack([one, 0.5 * two], axis=1))
-    assert both.rewards == pytest.approx((one + 0.5 * two) / 2)
+    assert both.members == pytest.approx(np.stack([one, 0.5 * two, 2 * one], axis=1))
+    assert both.rewards == pytest.approx((3 * one + 0.5 * two) / 3)
+
+
+def test_a_head_of_another_run_gives_the_rewards_that_it_gives_there(loaders: dict[str, Loader]) -> None:
+    items = inputs(6)
+    there, here = (loaders[n](4096).score(items) for n in ("fitted", "encoder_head"))
+    assert here.rewards.tolist() == there.rewards.tolist()
+
+
+def test_a_head_on_an_encoder_of_another_width_is_a_clear_error(loaders: dict[str, Loader], tmp_path: Path) -> None:
+    head = loaders["encoder_head"]._folder
+    assert isinstance(head, HeadFolders)
+    settings = RewardModel(type="encoder_head", model="h", encoder="e")
+    with pytest.raises(UserError, match="reads 64 features, other has 32"):
+        load_scorer(settings, HeadFolders(head.head, write_bert(tmp_path / "other")), None, "cpu")
+
+
+def test_the_key_of_a_node_holds_head_and_encoder_and_a_wrong_encoder_is_said_before_any_work(
+    home: Home, tiny_model: Path, loaders: dict[str, Loader], tmp_path: Path
+) -> None:
+    head = loaders["encoder_head"]._folder
+    assert isinstance(head, HeadFolders)
+    digest = resolve_model(str(tiny_model), home).digest
+    folder = tmp_path / "reward_model"
+    shutil.copytree(head.head, folder)
+    (folder / "config.json").write_text(
+        json.dumps(json.loads((folder / "config.json").read_text()) | {"encoder": digest})
+    )
+
+    def plan(model: Path, encoder: Path) -> Planned:
+        reward = {"type": "encoder_head", "model": str(model), "encoder": str(encoder)}
+        chain = chain_settings(rescore={"reward": reward, "sft_threshold": 0.0})
+        node = next(n for n in nodes(chain) if n.name == "score")
+        inputs = {"prepare": write_prompts(home, []), "generate": write_candidates(home, [])}
+        return plan_node(home, Run("r", "p", {}), chain, node, inputs)
+
+    parts = plan(folder, tiny_model).parts
+    assert parts["models"] == {
+        "rescore.reward": resolve_model(str(folder), home).digest,
+        "rescore.reward.encoder": digest,
+    }
+    with pytest.raises(UserError, match="rescore.reward.encoder is another model than the one .*tiny-random"):
+        plan(folder, write_bert(tmp_path / "other"))
+    with pytest.raises(UserError, match="has no head.safetensors; give the folder reward_model"):
+        plan(tiny_model, tiny_model)
+
+
+def test_an_encoder_is_for_heads_alone() -> None:
+    for wrong in ({"type": "encoder_head", "model": "h"}, {"encoder": "e"}):
+        with pytest.raises(ValueError, match="encoder must be given for type `encoder_head`, and only there"):
+            RewardModel(**wrong)
 
 
 def test_a_classifier_with_two_outputs_is_a_clear_error(classifier: Path, tmp_path: Path) -> None:
@@ -257,3 +371,7 @@ def test_member_folders_come_in_the_order_of_the_members() -> None:
     models = {f"rescore.reward.{i}": Path(str(i)) for i in (10, 2, 0)} | {"rescore.rewards": Path("x")}
     assert model_folders(models, "rescore.reward") == [Path("0"), Path("2"), Path("10")]
     assert model_folders({"rescore.reward": Path("a")}, "rescore.reward") == Path("a")
+    with_head = {"rescore.reward.1": Path("b"), "rescore.reward.0": Path("h"), "rescore.reward.0.encoder": Path("e")}
+    assert model_folders(with_head, "rescore.reward") == [HeadFolders(Path("h"), Path("e")), Path("b")]
+    single = {"rescore.reward": Path("h"), "rescore.reward.encoder": Path("e")}
+    assert model_folders(single, "rescore.reward") == HeadFolders(Path("h"), Path("e"))

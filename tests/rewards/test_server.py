@@ -1,37 +1,53 @@
 """The server adapter against a real vLLM pooling server, and against servers that fail."""
 
+import json
 import os
+import random
+import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from reward_cases import settings, write_candidates, write_prompts
 
-from clha.errors import UserError
+from clha.errors import StageFailure, UserError
 from clha.process import end_group
 from clha.rewards.adapters import load_scorer
+from clha.rewards.served import served
 from clha.rewards.texts import RewardInput
+from clha.runs import Run
 from clha.settings_rewards import RewardModel
+from clha.stages.chain import nodes, plan_node
+from clha.store import Home
 
 
-@pytest.fixture(scope="session")
-def reward_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def classifier(tiny_model: Path, folder: Path, seed: int = 0) -> Path:
+    """A random Llama with one output, on the tiny model's tokenizer."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("served") / "reward-model"
+    torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     config = LlamaConfig.from_pretrained(tiny_model, num_labels=1, pad_token_id=tokenizer.pad_token_id)
     LlamaForSequenceClassification(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def reward_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return classifier(tiny_model, tmp_path_factory.mktemp("served") / "reward-model")
 
 
 @pytest.fixture(scope="session")
@@ -71,23 +87,158 @@ def _wait(health: str, server: "subprocess.Popen[bytes]", log: Path) -> None:
     raise AssertionError(log.read_text()[-3000:])
 
 
+WORDS = ["tea", "rain", "kind", "rude", "whatever", "gladly"]
+
+
+def inputs(count: int) -> list[RewardInput]:
+    """Questions with responses of 1 to 24 words."""
+    draw = random.Random(0)
+    return [
+        RewardInput(
+            [{"role": "user", "content": f"Question {i}? {' '.join(draw.choices(WORDS, k=i % 7))}"}],
+            " ".join(draw.choices(WORDS, k=draw.randint(1, 24))),
+        )
+        for i in range(count)
+    ]
+
+
+def asks(url: str, **changes: Any) -> RewardModel:
+    return RewardModel(**({"type": "server", "model": "m", "url": url, "max_tokens": 400} | changes))
+
+
 @pytest.mark.slow
 def test_a_server_gives_the_rewards_of_the_same_model_in_process(reward_model: Path, url: str) -> None:
-    words = ["tea", "rain", "kind", "rude"]
-    items = [
-        RewardInput([{"role": "user", "content": f"Question {i}?"}], " ".join(words[: i % 4 + 1] * (i + 1)))
-        for i in range(9)
-    ]
-    served = RewardModel(type="server", model="m", url=url, max_tokens=400, tokens_per_batch=300)
+    items = inputs(9)
     local = RewardModel(type="sequence_classification", model="m", max_tokens=400)
     heard: list[int] = []
-    found = load_scorer(served, reward_model, None, "cpu").score(items, heard.append)
+    found = load_scorer(asks(url, tokens_per_batch=300), reward_model, None, "cpu").score(items, heard.append)
     expected = load_scorer(local, reward_model, None, "cpu").score(items)
     assert np.abs(found.rewards - expected.rewards).max() < 1e-4
     assert heard[-1] == len(items)
 
 
-def test_no_server_is_a_clear_error(reward_model: Path) -> None:
-    settings = RewardModel(type="server", model="m", url="http://127.0.0.1:9/v1")
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_rewards_of_a_server_do_not_depend_on_batches_order_or_neighbours(
+    reward_model: Path, url: str, seed: int
+) -> None:
+    items, draw = inputs(24), random.Random(seed)
+    whole = load_scorer(asks(url, tokens_per_batch=100_000), reward_model, None, "cpu").score(items)
+    order = list(range(len(items)))
+    draw.shuffle(order)
+    some = order[: draw.randint(1, len(items))]
+    part = load_scorer(asks(url, tokens_per_batch=draw.randint(30, 3000)), reward_model, None, "cpu")
+    found = part.score([items[i] for i in some]).rewards
+    assert np.abs(found - whole.rewards[some]).max() < 1e-5
+    assert np.ptp(whole.rewards) > 1e-3
+
+
+@pytest.mark.slow
+def test_a_server_with_another_model_is_refused(tiny_model: Path, url: str, tmp_path: Path) -> None:
+    """Of the same architecture, size and name: only the weights differ."""
+    other = classifier(tiny_model, tmp_path / "reward-model", seed=1)
+    with pytest.raises(UserError, match=f"serves .*, which is not its model {other}"):
+        load_scorer(asks(url), other, None, "cpu")
+
+
+@pytest.mark.slow
+def test_a_server_with_too_short_a_context_is_refused(reward_model: Path, url: str) -> None:
+    with pytest.raises(UserError, match="max_tokens is 600, but .* was started with 512; lower one or raise the other"):
+        load_scorer(asks(url, max_tokens=600), reward_model, None, "cpu")
+
+
+@contextmanager
+def answering(answers: dict[str, Any]) -> Iterator[str]:
+    """The URL of a server that gives these answers (path -> JSON) and 404 for all other paths."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            found = answers.get(self.path)
+            self.send_response(200 if found is not None else 404)
+            self.end_headers()
+            self.wfile.write(json.dumps(found).encode())
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def serving(root: Path | str, name: str = "judge", version: str = "0.32.0") -> dict[str, Any]:
+    """What a vLLM server says of itself."""
+    return {
+        "/v1/models": {"data": [{"id": name, "root": str(root), "max_model_len": 1024}]},
+        "/version": {"version": version},
+    }
+
+
+def test_what_a_server_serves_is_checked_before_anything_is_asked(
+    tiny_model: Path, reward_model: Path, tmp_path: Path
+) -> None:
+    other = classifier(tiny_model, tmp_path / "reward-model", seed=1)
+    copied = tmp_path / "copy"
+    shutil.copytree(reward_model, copied)
+    for root in (reward_model, copied, "/elsewhere/of/the/server"):
+        with answering(serving(root)) as url:
+            load_scorer(asks(url), reward_model, None, "cpu")
+    with answering(serving(other)) as url, pytest.raises(UserError, match="which is not its model"):
+        load_scorer(asks(url), reward_model, None, "cpu")
+
+
+def score_key(home: Home, model: Path, *reward: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """Key and its parts of `score` with that reward model, or an ensemble of several."""
+    own = [{"type": "server", "model": str(model)} | r for r in reward]
+    tree = own[0] if len(own) == 1 else {"type": "ensemble", "members": own}
+    chain = settings(rescore={"reward": tree, "sft_threshold": 0.0})
+    node = next(n for n in nodes(chain) if n.name == "score")
+    inputs = {"prepare": write_prompts(home, []), "generate": write_candidates(home, [])}
+    planned = plan_node(home, Run("r", "p", {}), chain, node, inputs)
+    return planned.key, planned.parts
+
+
+def test_what_a_server_serves_is_in_the_key_and_where_it_listens_is_not(home: Home, reward_model: Path) -> None:
+    with answering(serving("/models/a", "/models/judge")) as one, answering(serving("/b", "/b/judge")) as same:
+        key, parts = score_key(home, reward_model, {"url": one})
+        assert parts["reward_servers"] == {"rescore.reward": {"model": "judge", "version": "0.32.0"}}
+        assert score_key(home, reward_model, {"url": same})[0] == key
+        _, parts = score_key(home, reward_model, {"url": one}, {"url": same})
+        assert parts["reward_servers"].keys() == {"rescore.reward.0", "rescore.reward.1"}
+    for other in (serving("/b", "another"), serving("/b", "judge", "0.33.0")):
+        with answering(other) as url:
+            assert score_key(home, reward_model, {"url": url})[0] != key
+
+
+def test_a_node_without_a_server_asks_for_none(home: Home, reward_model: Path) -> None:
+    _, parts = score_key(home, reward_model, {"type": "sequence_classification"})
+    assert "reward_servers" not in parts
+
+
+def test_a_server_that_is_down_is_said_when_the_run_is_planned(home: Home, reward_model: Path) -> None:
     with pytest.raises(UserError, match="127.0.0.1:9/v1/models: no answer .*start the server"):
-        load_scorer(settings, reward_model, None, "cpu")
+        score_key(home, reward_model, {"url": "http://127.0.0.1:9/v1"})
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [({"/v1/models": {"data": []}}, "serves no model"), ({"/v1/models": [1]}, "no JSON object"), ({}, "answers 404")],
+)
+def test_what_is_no_pooling_server_is_a_clear_error(answers: dict[str, Any], message: str) -> None:
+    with answering(answers) as url, pytest.raises((UserError, StageFailure), match=message):
+        served(url)
+
+
+@pytest.mark.parametrize("url", ["nonsense", "http://host:port"])
+def test_what_is_no_address_is_a_clear_error(url: str) -> None:
+    with pytest.raises(UserError, match=f"url {url} is no address"):
+        served(url)
+
+
+def test_no_server_is_a_clear_error(reward_model: Path) -> None:
+    with pytest.raises(UserError, match="127.0.0.1:9/v1/models: no answer .*start the server"):
+        load_scorer(asks("http://127.0.0.1:9/v1"), reward_model, None, "cpu")

@@ -14,6 +14,7 @@ from reward_cases import (
     preference_rows,
     prompt_row,
     settings,
+    write_bert,
     write_candidates,
     write_prompts,
 )
@@ -93,6 +94,8 @@ def test_the_report_speaks_of_the_model_that_is_kept(
     assert (report["pairs"], report["pairs_trained_on"], report["groups"]) == (20, 60, 20)
     rewards = scored(fitted, tiny_model, held)
     assert report["accuracy"] == (rewards[:, 0] > rewards[:, 1]).mean()
+    names = {"loss", "accuracy", "margin", "min_reward", "mean_reward", "max_reward"}
+    assert report["metrics"].keys() == {f"eval_{name}" for name in names}
     assert report["metrics"]["eval_margin"] == pytest.approx((rewards[:, 0] - rewards[:, 1]).mean(), abs=1e-4)
     assert report["sft_threshold"] == pytest.approx(np.quantile(rewards[:, 0], 0.25), abs=1e-4)
 
@@ -184,23 +187,12 @@ def test_rescoring_ranks_candidates_with_it_and_takes_its_threshold(
 
 
 def test_an_encoder_that_sees_both_ways_is_trained_too(home: Home, tmp_path: Path) -> None:
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
-    from clha.tiny_model import tiny_tokenizer
-
-    folder = tmp_path / "tiny-bert"
-    tokenizer: PreTrainedTokenizerFast = tiny_tokenizer()
-    tokenizer.chat_template = None
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=256,
-    )  # fmt: skip
-    BertModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    fitted = fit_model(home, folder, lora_settings(epochs=1))
-    new = scored(fitted, folder, preference_rows(10, seed=7))
-    assert np.isfinite(new).all() and np.ptp(new) > 0
+    folder = write_bert(tmp_path / "tiny-bert")
+    fitted = fit_model(home, folder, lora_settings())
+    losses = json.loads((fitted.folder / "fit.json").read_text())["losses"]
+    assert losses[-1] < losses[0]
+    new = scored(fitted, folder, preference_rows(40, seed=7))
+    assert (new[:, 0] > new[:, 1]).mean() > 0.7
 
 
 def test_a_response_that_the_model_cannot_read_is_quarantined(home: Home, tiny_model: Path) -> None:

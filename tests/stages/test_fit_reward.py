@@ -56,8 +56,8 @@ def test_several_members_come_from_one_fit(home: Home, tiny_model: Path) -> None
         node_work(home, chain, "fit_reward.train", {"prepare": prompts}, {"encoder": tiny_model})
     )
     report = json.loads((artifact.folder / "fit.json").read_text())
-    assert report["members"]["count"] == 4
-    assert report["members"]["accuracy"] > 0.7
+    assert report["members"] == {"count": 4}
+    assert report["accuracy"] > 0.7
     scored = load_scorer(chain.rescore.reward, tiny_model, artifact.folder, "cpu").score(
         [RewardInput(r["messages"], r["chosen"][0]) for r in preference_rows(5, seed=9)]
     )
