@@ -21,6 +21,7 @@ from prefect.exceptions import MissingContextError, PrefectException
 from prefect.logging import get_run_logger
 
 from clha.digests import digest_of
+from clha.errors import StageFailure, UserError, reason_of
 from clha.progress import Event
 from clha.runs import Run
 from clha.stages.runner import Built
@@ -202,13 +203,21 @@ def result_summary(run: str, metrics: dict[str, Any] | None, report: str | None,
 
 
 def publish_noise(home: Home, run: Run) -> None:
-    """What a run's rewards and weights say about noise, as a table."""
+    """What a run's rewards and weights say about noise, as a table; the stage is done, whatever becomes of it."""
+    publish(lambda: _send_noise(home, run))
+
+
+def _send_noise(home: Home, run: Run) -> None:
     from clha.reporting.noise_facts import noise_lines
     from clha.stages.report import noise_of_run
 
-    rows = [{"figure": what, "value": value} for what, value in noise_lines(noise_of_run(home, run))]
-    key = artifact_key(run.name, "noise")
-    publish(lambda: create_table_artifact(rows, key=key, description=f"noise of run {run.name}"))
+    try:
+        facts = noise_of_run(home, run)
+    except (UserError, StageFailure, LookupError, ValueError, OSError) as error:
+        run_logger().warning(f"no table about noise for the UI: {reason_of(error)}")
+        return
+    rows = [{"figure": what, "value": value} for what, value in noise_lines(facts)]
+    create_table_artifact(rows, key=artifact_key(run.name, "noise"), description=f"noise of run {run.name}")
 
 
 def publish_study(run: str, results: dict[str, Any]) -> None:

@@ -1,10 +1,11 @@
 """Examples to read: answers side by side, and the pairs of candidates that are trusted least and most."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit
 
 from clha.digests import unit_of
 from clha.reporting.tables import PairedScores, Pairs, rows_by_id
@@ -67,13 +68,14 @@ ORIGINS = {
 
 
 def pair_examples(
-    pairs: Pairs, nodes: Mapping[str, Artifact], trust: Callable[[float], float] | None, count: int = 10
+    pairs: Pairs, nodes: Mapping[str, Artifact], *, known_scale: bool, count: int = 10
 ) -> dict[str, list[Example]]:
-    """The `count` pairs that are trusted least (smallest gap, or a label against it) and most: {"least", "most"}.
+    """The `count` pairs whose order is least and most likely to be right: {"least", "most"}, one of each prompt.
 
-    One pair for each prompt. `trust`: the probability that a pair with that gap is in the right order, if known.
+    Pairs that the order says nothing about are left out. The probability is shown where the rewards' scale is known.
     """
-    order = np.argsort(pairs.gap, kind="stable")
+    said = np.flatnonzero(np.isfinite(pairs.log_odds))
+    order = said[np.argsort(pairs.log_odds[said], kind="stable")]
     chosen = {"least": _one_each(pairs.prompt, order, count), "most": _one_each(pairs.prompt, order[::-1], count)}
     wanted = {pairs.prompt_ids[pairs.prompt[m]] for rows in chosen.values() for m in rows}
     prompts = _by_id(rows_by_id(nodes["prepare"], "prompts", ["prompt_id", "subset", "messages"], wanted))
@@ -103,7 +105,8 @@ def pair_examples(
             **conversation(prompts[pid]),
             "gap": float(pairs.gap[m]),
             "weight": float(pairs.weight[m]),
-            "probability": trust(float(pairs.gap[m])) if trust else None,
+            "turned": bool(pairs.turned[m]),
+            "probability": float(expit(pairs.log_odds[m])) if known_scale else None,
             "sides": sides,
         }
 

@@ -10,7 +10,7 @@ from clha.runs import Run
 from clha.store import Artifact, Home
 
 # Raise it when the report says other things about the same run: reports are then written anew.
-REPORT_VERSION = 4
+REPORT_VERSION = 5
 
 
 def report_path(home: Home, run_name: str) -> Path:

@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clha.reporting.length_bias import length_note, rank_correlation
-from clha.reporting.tables import Floats, Pairs, pairs_of, read_json, scored_candidates
+from clha.reporting.tables import Floats, Ordering, Pairs, pairs_of, read_json, scored_candidates
 from clha.reporting.text import number, percent
+from clha.rewards.trust import LabelTrust
 from clha.runs import Run
 from clha.store import Artifact
 
@@ -24,16 +25,26 @@ _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 @dataclass(frozen=True)
 class NoiseData:
-    """All pairs of candidates, and the candidates themselves (origin, length in tokens, reward)."""
+    """All pairs of candidates that may count, and the candidates themselves (origin, length in tokens, reward)."""
 
     pairs: Pairs
     candidates: pa.Table
 
 
-def read_noise(nodes: Nodes) -> NoiseData:
+def read_noise(nodes: Nodes, run: Run) -> NoiseData:
     """Read the artifacts `NOISE_NODES`."""
-    rewards = nodes["score"].read("rewards", ["prompt_id", "candidate_id", "reward"])
-    return NoiseData(pairs_of(rewards, nodes["weigh"].read("weights")), scored_candidates(nodes))
+    candidates = scored_candidates(nodes)
+    rewards = nodes["score"].read("rewards", ["prompt_id", "candidate_id", "reward", "member_rewards"])
+    pairs = pairs_of(candidates, rewards, nodes["weigh"].read("weights"), ordering_of(nodes, run))
+    return NoiseData(pairs, candidates)
+
+
+def ordering_of(nodes: Nodes, run: Run) -> Ordering:
+    """What the run's order of candidates rests on."""
+    rescore, facts = run.settings["rescore"], nodes["weigh"].manifest
+    trust = LabelTrust(np.array(facts["calibration_factors"]), (facts.get("flip_rate") or {}).get("used"))
+    by_label = rescore["rank_by"] == "label"
+    return Ordering(rescore["rank_by"], trust, by_label and rescore["noise"]["method"] != "from_column")
 
 
 def noise_facts(nodes: Nodes, run: Run, data: NoiseData) -> dict[str, Any]:
@@ -61,6 +72,7 @@ def noise_facts(nodes: Nodes, run: Run, data: NoiseData) -> dict[str, Any]:
         "prompts_without_pairs": len(pairs.prompt_ids) - len(np.unique(pairs.prompt[pairs.kept])),
         "sft_share": float((pairs.sft_lambda > 0).mean()) if len(pairs.prompt_ids) else None,
         "flip_rate": facts.get("flip_rate"),
+        "calibration": _without_diagrams(facts.get("calibration")),
         "labels": {name: facts[f"labels_{name}"] for name in ("judged", "doubted", "p_right")}
         if facts.get("labels_judged")
         else None,
@@ -71,6 +83,10 @@ def noise_facts(nodes: Nodes, run: Run, data: NoiseData) -> dict[str, Any]:
         "reward_model": _reward_model(nodes),
         "judge": _judge(nodes),
     }
+
+
+def _without_diagrams(calibration: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    return {name: calibration[name] for name in ("pairs", "before", "after")} if calibration else None
 
 
 def _flag_counts(weights: pa.Table) -> list[tuple[str, int]]:
@@ -133,6 +149,9 @@ def noise_lines(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         lines.append(
             ("flipped labels", f"{percent(facts['flip_rate']['estimate'], 1)} [{percent(low)}, {percent(high)}]{note}")
         )
+    if facts["calibration"]:
+        note = f"{number(facts['calibration']['pairs'], 0)} labels, flips allowed for after"
+        lines.append(("calibration on labels", f"{_calibration(facts['calibration'])}; {note}"))
     if facts["labels"]:
         judged, doubted, right = (facts["labels"][name] for name in ("judged", "doubted", "p_right"))
         lines.append(("labels", f"{judged} judged, {doubted} doubted, mean p(label right) {number(right, 2)}"))
@@ -171,7 +190,6 @@ def _pair_lines(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _model_lines(model: Mapping[str, Any]) -> list[tuple[str, str]]:
     low, high = model["accuracy_interval"]
-    before, after = model["calibration"]["before"], model["calibration"]["after"]
     agreement = model["agreement_between_halves"]
     halves = "" if agreement is None else f"; two halves agree at {number(agreement, 2)}"
     return [
@@ -180,10 +198,14 @@ def _model_lines(model: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"{percent(model['accuracy'], 1)} [{percent(low, 1)}, {percent(high, 1)}] of {model['pairs']} held-out "
             f"pairs right{halves}",
         ),
-        (
-            "calibration",
-            f"error {number(before['ece'], 3)} before, {number(after['ece'], 3)} after; Brier score "
-            f"{number(before['brier'], 3)}, {number(after['brier'], 3)}",
-        ),
+        ("calibration", _calibration(model["calibration"])),
         ("longer preferred", f"{percent(model['length_bias']['prefers_longer'])} of held-out pairs"),
     ]
+
+
+def _calibration(measured: Mapping[str, Any]) -> str:
+    """Expected calibration error, Brier score and negative log-likelihood (nats a pair), before and after."""
+    before, after = measured["before"], measured["after"]
+    names = {"ece": "error", "brier": "Brier score", "nll": "log loss"}
+    said = [f"{what} {number(before[name], 3)} before, {number(after[name], 3)} after" for name, what in names.items()]
+    return "; ".join(said)

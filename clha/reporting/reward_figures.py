@@ -19,13 +19,24 @@ def reliability(models: Mapping[str, Mapping[str, Any]]) -> Drawn:
 
     Each holds `reliability` and `reliability_before`: lists "predicted", "observed", "weight", one entry per bin.
     """
+    title = "Do the reward models mean what they say?"
+    return _diagram(models, "reliability", title, "On held-out pairs, both orders of each, after calibration")
+
+
+def label_reliability(calibration: Mapping[str, Any]) -> Drawn:
+    """The same of the data's labels, on which rescoring calibrated the rewards: the manifest's `calibration`."""
+    note = f"On {number(calibration['pairs'], 0)} labels of the data, flips among them allowed for after calibration"
+    return _diagram({"labels": calibration}, "label-reliability", "Do the rewards foretell the labels?", note)
+
+
+def _diagram(models: Mapping[str, Mapping[str, Any]], name: str, title: str, note: str) -> Drawn:
     roles = ("trained", "loss", "base")
     with canvas() as (figure, (axis,)):
         axis.plot([0, 1], [0, 1], color=PALETTE["mark"], linewidth=1, linestyle=(0, (4, 2)))
-        for (name, calibration), role in zip(models.items(), roles, strict=False):
+        for (model, calibration), role in zip(models.items(), roles, strict=False):
             bins = calibration["reliability"]
             mass = np.asarray(bins["weight"], dtype=np.float64)
-            axis.plot(bins["predicted"], bins["observed"], color=PALETTE[role], linewidth=1.2, label=name)
+            axis.plot(bins["predicted"], bins["observed"], color=PALETTE[role], linewidth=1.2, label=model)
             axis.scatter(
                 bins["predicted"], bins["observed"], s=4 + 44 * mass / mass.max(), color=PALETTE[role], linewidths=0
             )
@@ -40,12 +51,11 @@ def reliability(models: Mapping[str, Mapping[str, Any]]) -> Drawn:
         axis.set_ylabel("share that was")
         axis.grid(axis="x", visible=True)
         legend_above(axis)
-        note = "On held-out pairs, both orders of each, after calibration (hollow: before)"
         return finish(
             figure,
-            "reliability",
-            "Do the reward models mean what they say?",
-            f"{note}; larger dots stand for more pairs. On the red line stated and observed agree.",
+            name,
+            title,
+            f"{note} (hollow: before); larger dots stand for more pairs. On the red line stated and observed agree.",
             "Reliability diagram of "
             + " and ".join(
                 f"{n}: " + ", ".join(f"{percent(p)} stated, {percent(o)} observed" for p, o in _ends(c["reliability"]))

@@ -1,15 +1,13 @@
 """The sections of the report, worked out from the artifacts of a run: without its artifacts a section is left out."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import yaml
-from scipy.special import expit
 
 from clha.evaluation.verdict import doubts, verdict
-from clha.noise import label_probability
 from clha.reporting import evaluation_figures, noise_figures, reward_figures, training_figures
 from clha.reporting.drawing import Drawn
 from clha.reporting.examples import answer_examples, pair_examples
@@ -158,7 +156,7 @@ def noise_section(nodes: Nodes, run: Run) -> Section | None:
     """Rewards of the candidates, pairs kept and dropped, the least and the most trusted ones."""
     if not {"prepare", *NOISE_NODES} <= nodes.keys():
         return None
-    data = read_noise(nodes)
+    data = read_noise(nodes, run)
     facts = noise_facts(nodes, run, data)
     pairs, candidates = data.pairs, data.candidates
     drawn = [noise_figures.candidate_rewards(_by_origin(candidates), pairs.best_reward, _sft_threshold(nodes, run))]
@@ -168,6 +166,9 @@ def noise_section(nodes: Nodes, run: Run) -> Section | None:
         kept = pairs.weight[pairs.kept]
         if len(kept) and float(np.ptp(kept)) > 1e-6:
             drawn.append(noise_figures.pair_weights(kept, pairs.effective_sample_size))
+    calibration = nodes["weigh"].manifest.get("calibration")
+    if calibration:
+        drawn.append(reward_figures.label_reliability(calibration))
     drawn.append(
         reward_figures.reward_against_length(
             {"base": (candidates["length"].to_numpy().astype(np.float64), candidates["reward"].to_numpy())},
@@ -179,28 +180,14 @@ def noise_section(nodes: Nodes, run: Run) -> Section | None:
     return facts | {
         "figures": drawn,
         "table": noise_lines(facts),
-        "examples": pair_examples(pairs, nodes, pair_trust(nodes, run)) if len(pairs.gap) else {},
+        "examples": pair_examples(pairs, nodes, known_scale=scale_is_known(run)) if len(pairs.gap) else {},
     }
 
 
-def pair_trust(nodes: Nodes, run: Run) -> Callable[[float], float] | None:
-    """P(the order of a pair is right) as a function of its gap; None where one gap does not tell it.
-
-    It does for one model whose rewards are log-odds, or that was calibrated on labels; a pair that an annotator
-    ordered has the labels' flip rate in it too.
-    """
-    rescore, facts = run.settings["rescore"], nodes["weigh"].manifest
-    factors = facts.get("calibration_factors", [])
-    stated = rescore["reward"]["type"] == "fitted" or rescore["noise"]["calibration"] != "reward_model"
-    if len(factors) != 1 or not stated:
-        return None
-    flips = (facts.get("flip_rate") or {}).get("used") if rescore["rank_by"] == "label" else None
-
-    def trust(gap: float) -> float:
-        p = expit(np.array([factors[0] * gap]))
-        return float((label_probability(p, flips) if flips else p)[0])
-
-    return trust
+def scale_is_known(run: Run) -> bool:
+    """Whether differences of rewards are log-odds: those of fitted models, or calibrated ones."""
+    rescore = run.settings["rescore"]
+    return bool(rescore["reward"]["type"] == "fitted" or rescore["noise"]["calibration"] != "reward_model")
 
 
 def _by_origin(candidates: pa.Table) -> dict[str, Floats]:

@@ -10,6 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from clha.noise import effective_sample_size, labelled_pairs
+from clha.rewards.trust import LabelTrust
+from clha.rewards.weighing import LABEL_OF_ORIGIN, pair_strength
 from clha.store import Artifact, read_parquet
 
 Floats = NDArray[np.float64]
@@ -17,15 +20,29 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
+class Ordering:
+    """By what candidates stand in order (`rescore.rank_by`), and what the rewards say of that order.
+
+    labelled_only: pairs that no label orders may not count.
+    """
+
+    rank_by: str
+    trust: LabelTrust
+    labelled_only: bool
+
+
+@dataclass(frozen=True)
 class Pairs:
-    """Every pair of candidates of every prompt, in rank order: M pairs."""
+    """Every pair of candidates of every prompt that may count, in rank order: M pairs."""
 
     prompt_ids: list[str]  # of the prompts, [P]
     prompt: Ints  # [M], index into prompt_ids
     first: Ints  # [M], candidate_id of the one ranked first
     second: Ints  # [M]
     gap: Floats  # [M], reward of the first minus that of the second; negative where a label ranks against it
-    weight: Floats  # [M], both directions of the pair together
+    weight: Floats  # [M], the larger of the pair's two directions
+    turned: NDArray[np.bool_]  # [M], whether that is the direction against the order
+    log_odds: Floats  # [M], that the order is right; NaN where label order says nothing about the pair
     distance: Ints  # [M], places between the two in rank order
     best_reward: Floats  # [P], of the candidate that the SFT loss raises
     sft_lambda: Floats  # [P]
@@ -38,60 +55,96 @@ class Pairs:
     @property
     def effective_sample_size(self) -> float:
         """(sum w)^2 / sum w^2: so many pairs of equal weight would say as much (Kish 1965)."""
-        total = float((self.weight**2).sum())
-        return float(self.weight.sum()) ** 2 / total if total > 0 else 0.0
+        return effective_sample_size(float(self.weight.sum()), float(np.square(self.weight).sum()))
 
 
-def pairs_of(rewards: pa.Table, weights: pa.Table) -> Pairs:
-    """Join `rewards` and `weights` by id. Raises KeyError when a ranked candidate has no reward."""
+def pairs_of(candidates: pa.Table, rewards: pa.Table, weights: pa.Table, ordering: Ordering) -> Pairs:
+    """Join `candidates` (ids and origin), `rewards` and `weights` by id.
+
+    Raises KeyError when a ranked candidate has no reward.
+    """
     ids = weights["prompt_id"].combine_chunks()
     order, sizes = _flat_lists(weights["order"])
-    reward = _reward_grid(rewards, ids, int(order.max(initial=0)) + 1)
+    width = int(order.max(initial=0)) + 1
+    members, _ = _flat_lists(rewards["member_rewards"])
+    reward = _grid(rewards, ids, width, rewards["reward"].to_numpy())
+    member = _grid(rewards, ids, width, members.reshape(rewards.num_rows, -1))
+    label = _grid(candidates, ids, width, _labels(candidates["origin"]))
     cells, _ = _flat_lists(weights["pair_weights"], depth=2)
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
     cell_starts = np.concatenate([[0], np.cumsum(sizes**2)[:-1]]).astype(np.int64)
     sft = weights["sft_index"].to_numpy().astype(np.int64)
     best = np.full(len(ids), np.nan)
-    parts: list[tuple[Ints, Ints, Ints, Floats, Floats, Ints]] = []
-    for n in np.unique(sizes):
+    parts: list[tuple[NDArray[Any], ...]] = [tuple(np.empty(0) for _ in range(8))]
+    for n in np.unique(sizes[sizes > 0]):
         rows = np.flatnonzero(sizes == n)
-        if n == 0:
-            continue
         ranked = order[starts[rows][:, None] + np.arange(n)].astype(np.int64)  # (G, n)
         values = reward[rows[:, None], ranked]  # (G, n)
         if np.isnan(values).any():
             raise KeyError("a ranked candidate has no reward")
         best[rows] = values[np.arange(len(rows)), sft[rows]]
         w = cells[cell_starts[rows][:, None] + np.arange(n * n)].reshape(-1, n, n).astype(np.float64)
+        labels = np.nan_to_num(label[rows[:, None], ranked]).astype(np.int64)
+        says, may = _said(ordering, member[rows[:, None], ranked], labels)
+        strength = pair_strength(w)
         for k in range(n - 1):
             for j in range(k + 1, n):
-                distance = np.full(len(rows), j - k)
-                parts.append(
-                    (rows, ranked[:, k], ranked[:, j], values[:, k] - values[:, j], w[:, k, j] + w[:, j, k], distance)
+                whole = (
+                    rows,
+                    ranked[:, k],
+                    ranked[:, j],
+                    values[:, k] - values[:, j],
+                    strength[:, k, j],
+                    w[:, j, k] > w[:, k, j],
+                    says[:, k, j],
+                    np.full(len(rows), j - k),
                 )
-    joined = [np.concatenate(p) for p in zip(*parts, strict=True)] if parts else [np.empty(0)] * 6
-    whole = [joined[i].astype(np.int64) for i in (0, 1, 2, 5)]
+                parts.append(tuple(column[may[:, k, j]] for column in whole))
+    prompt, first, second, gap, weight, turned, log_odds, distance = (
+        np.concatenate(p) for p in zip(*parts, strict=True)
+    )
     return Pairs(
         ids.to_pylist(),
-        whole[0],
-        whole[1],
-        whole[2],
-        joined[3].astype(np.float64),
-        joined[4].astype(np.float64),
-        whole[3],
+        prompt.astype(np.int64),
+        first.astype(np.int64),
+        second.astype(np.int64),
+        gap.astype(np.float64),
+        weight.astype(np.float64),
+        turned.astype(bool),
+        log_odds.astype(np.float64),
+        distance.astype(np.int64),
         best,
         weights["sft_lambda"].to_numpy().astype(np.float64),
     )
 
 
-def _reward_grid(rewards: pa.Table, ids: pa.Array, width: int) -> Floats:
-    """Rewards by (row of `ids`, candidate_id): [P, at least `width`], NaN where there is none."""
-    row = pc.index_in(rewards["prompt_id"], value_set=ids)
+def _said(ordering: Ordering, members: Floats, labels: Ints) -> tuple[Floats, NDArray[np.bool_]]:
+    """For candidates in rank order, members (G, n, M) and labels (G, n): log-odds of each pair's order, and which may
+    count, both (G, n, n)."""
+    log_odds = ordering.trust.log_odds(members, labels, ordering.rank_by)
+    labelled = labelled_pairs(labels)
+    if ordering.rank_by == "label":
+        log_odds = np.where(labelled, log_odds, np.nan)
+    return log_odds, labelled if ordering.labelled_only else np.ones_like(labelled)
+
+
+def _labels(origins: pa.ChunkedArray) -> Floats:
+    """1 for chosen, -1 for rejected responses of the data, 0 for others."""
+    origin = origins.combine_chunks().dictionary_encode()
+    if isinstance(origin, pa.ChunkedArray):  # a column without rows
+        return np.empty(0)
+    known = np.array([LABEL_OF_ORIGIN.get(v, 0) for v in origin.dictionary.to_pylist()], dtype=np.float64)
+    return known[origin.indices.to_numpy()]
+
+
+def _grid(table: pa.Table, ids: pa.Array, width: int, values: NDArray[Any]) -> Floats:
+    """`values` [N, ...] of the table's rows by (row of `ids`, candidate_id): [P, at least `width`, ...], else NaN."""
+    row = pc.index_in(table["prompt_id"], value_set=ids)
     known = row.is_valid().to_numpy()
     row = pc.fill_null(row, 0).to_numpy()[known]
-    candidate = rewards["candidate_id"].to_numpy()[known]
-    grid = np.full((len(ids), max(width, int(candidate.max(initial=0)) + 1)), np.nan)
-    grid[row, candidate] = rewards["reward"].to_numpy()[known]
+    candidate = table["candidate_id"].to_numpy()[known]
+    grid = np.full((len(ids), max(width, int(candidate.max(initial=0)) + 1), *values.shape[1:]), np.nan)
+    grid[row, candidate] = values[known]
     return grid
 
 

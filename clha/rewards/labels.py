@@ -7,8 +7,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from clha import noise
-from clha.rewards.rules import LabelTrust, all_ranked
-from clha.rewards.weighing import RewardTable
+from clha.rewards.trust import LabelTrust
+from clha.rewards.weighing import RewardTable, all_ranked
 from clha.settings import Noise
 
 LABELS = pa.schema(

@@ -16,7 +16,11 @@ from clha.schema import WEIGHTS
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-_LABELS = {"dataset_chosen": 1, "dataset_rejected": -1}
+# What the data say of a candidate of this origin; 0 of any other.
+LABEL_OF_ORIGIN = {"dataset_chosen": 1, "dataset_rejected": -1}
+
+# Prompts that are looked at together in passes over all rewards.
+_CHUNK = 65_536
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,8 @@ class RewardTable:
     """Scored candidates sorted by prompt; prompt i owns the rows offsets[i]:offsets[i + 1].
 
     prompt_ids [P] (those with scores, in the order of the candidates), unscored: the others; candidate_id, reward,
-    label (1 chosen, -1 rejected, 0 neither), truncated [N]; members [N, M].
+    label (1 chosen, -1 rejected, 0 neither), truncated [N]; members [N, M]. lost: keys (see `_keys`) of candidates
+    without a reward beside others that have one, sorted.
     """
 
     prompt_ids: pa.Array
@@ -35,10 +40,18 @@ class RewardTable:
     members: Floats
     label: NDArray[np.int8]
     truncated: NDArray[np.bool_]
+    lost: Ints
 
     @property
     def prompts(self) -> int:
         return len(self.offsets) - 1
+
+    def has(self, prompt: Ints, candidate: Ints) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Whether prompts (their places, [K]) have such candidates [K]: with a reward, and without one."""
+        wanted = _keys(prompt, candidate)
+        small = (candidate >= 0) & (candidate < 1 << 31)  # others would stand for another prompt
+        own = _keys(np.repeat(np.arange(self.prompts), np.diff(self.offsets)), self.candidate_id)
+        return small & _among(own, wanted), small & _among(self.lost, wanted)
 
     def by_size(self, prompts: range) -> Iterator[tuple[Ints, Ints]]:
         """Prompts of one size at a time: (places within `prompts` [p], their rows [p, n])."""
@@ -63,7 +76,8 @@ def reward_table(candidates: pa.Table, rewards: pa.Table) -> RewardTable:
     candidate_id = rewards["candidate_id"].to_numpy()
     order = np.lexsort((candidate_id, code))
     code, candidate_id = code[order], candidate_id[order]
-    label = _labels(candidates, known, code, candidate_id)
+    keys = _keys(known, candidates["candidate_id"].to_numpy())
+    label = _labels(candidates["origin"], keys, _keys(code, candidate_id))
     sizes = np.bincount(code, minlength=len(ids))
     scored = sizes > 0
     members = rewards["member_rewards"].combine_chunks()
@@ -77,20 +91,40 @@ def reward_table(candidates: pa.Table, rewards: pa.Table) -> RewardTable:
         members=members.flatten().to_numpy().reshape(-1, width)[order],
         label=label,
         truncated=rewards["truncated"].to_numpy()[order],
+        lost=_lost(keys, code, candidate_id, scored),
     )
 
 
-def _labels(candidates: pa.Table, known: Ints, code: Ints, candidate_id: NDArray[np.int32]) -> NDArray[np.int8]:
-    """The labels of scored candidates, found by (prompt, candidate)."""
-    keys = (known << 32) | candidates["candidate_id"].to_numpy().astype(np.int64)
+def _keys(prompt: NDArray[Any], candidate: NDArray[Any]) -> Ints:
+    """One number for each candidate: the place of its prompt, then its id."""
+    return np.asarray((prompt.astype(np.int64) << 32) | candidate.astype(np.int64))
+
+
+def _among(keys: Ints, wanted: Ints) -> NDArray[np.bool_]:
+    """Which of `wanted` are among the sorted `keys`."""
+    if not len(keys):
+        return np.zeros(len(wanted), dtype=bool)
+    return np.asarray(keys[np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)] == wanted)
+
+
+def _labels(origins: pa.ChunkedArray, keys: Ints, wanted: Ints) -> NDArray[np.int8]:
+    """The labels of the candidates `wanted`, from the origins of `keys`."""
     sort = np.argsort(keys, kind="stable")
-    wanted = (code << 32) | candidate_id.astype(np.int64)
     at = sort[np.minimum(np.searchsorted(keys, wanted, sorter=sort), len(keys) - 1)]
     if not (keys[at] == wanted).all():
         raise ValueError("a reward belongs to no candidate")
-    origin = candidates["origin"].combine_chunks().dictionary_encode()
-    values = np.array([_LABELS.get(v, 0) for v in origin.dictionary.to_pylist()], dtype=np.int8)
+    origin = origins.combine_chunks().dictionary_encode()
+    values = np.array([LABEL_OF_ORIGIN.get(v, 0) for v in origin.dictionary.to_pylist()], dtype=np.int8)
     return values[origin.indices.to_numpy()[at]]
+
+
+def _lost(keys: Ints, code: Ints, candidate_id: NDArray[np.int32], scored: NDArray[np.bool_]) -> Ints:
+    """Keys of candidates without a reward, by the places that the prompts have among those with scores."""
+    if len(keys) == len(code):
+        return np.empty(0, dtype=np.int64)
+    lost = np.setdiff1d(keys, _keys(code, candidate_id))
+    lost = lost[scored[lost >> 32]]
+    return _keys((np.cumsum(scored) - 1)[lost >> 32], lost & 0xFFFFFFFF)
 
 
 @dataclass(frozen=True)
@@ -109,15 +143,32 @@ class Ranked:
 
 @dataclass(frozen=True)
 class Weighed:
-    """pair_weights [p, n, n], sft_lambda [p]; sft_index [p] (None: the best-ranked); flags: name -> [p]."""
+    """pair_weights [p, n, n], sft_lambda [p]; sft_index [p] (None: the best-ranked); flags: name -> [p].
+
+    pairs [p, n, n]: those k before j that may count at all, whatever they weigh (None: all).
+    """
 
     pair_weights: Floats
     sft_lambda: Floats
     sft_index: Ints | None = None
     flags: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
+    pairs: NDArray[np.bool_] | None = None
 
 
 Rule = Callable[[Ranked], Weighed]
+
+
+def pair_strength(pair_weights: Floats) -> Floats:
+    """What each pair counts for, [p, n, n] -> [p, n, n], zero but for k before j: the larger of its two directions.
+
+    A soft label is one pair. Manifest, report and trainer all take their sums over this.
+    """
+    return np.triu(np.maximum(pair_weights, pair_weights.transpose(0, 2, 1)), 1)
+
+
+def _by_distance(pairs: NDArray[np.bool_]) -> dict[int, int]:
+    """How many of these pairs [p, n, n] there are at each rank distance."""
+    return {i: int(np.diagonal(pairs, i, axis1=1, axis2=2).sum()) for i in range(1, pairs.shape[1])}
 
 
 @dataclass
@@ -125,7 +176,7 @@ class Totals:
     """What the weights come to, over all prompts."""
 
     prompts: int = 0
-    pairs: Counter[int] = field(default_factory=Counter)  # by rank distance
+    pairs: Counter[int] = field(default_factory=Counter)  # that may count, by rank distance
     kept: Counter[int] = field(default_factory=Counter)
     weight: float = 0.0
     weight_squares: float = 0.0
@@ -133,11 +184,12 @@ class Totals:
 
     def add(self, weighed: Weighed) -> None:
         counts = noise.count_pairs(weighed.pair_weights)
-        self.prompts += len(weighed.pair_weights)
-        self.pairs.update(counts.total)
+        strength = pair_strength(weighed.pair_weights)
+        self.prompts += len(strength)
+        self.pairs.update(counts.total if weighed.pairs is None else _by_distance(weighed.pairs))
         self.kept.update(counts.kept)
-        self.weight += float(weighed.pair_weights.sum())
-        self.weight_squares += float(np.square(weighed.pair_weights).sum())
+        self.weight += float(strength.sum())
+        self.weight_squares += float(np.square(strength).sum())
         self.sft_on += float((weighed.sft_lambda > 0).sum())
 
     def facts(self) -> dict[str, Any]:
@@ -146,7 +198,7 @@ class Totals:
             "pairs": pairs,
             "pairs_kept": kept,
             "kept_fraction": kept / pairs if pairs else 0.0,
-            "pairs_by_distance": {str(i): [self.kept[i], n] for i, n in sorted(self.pairs.items())},
+            "pairs_by_distance": {str(i): [self.kept[i], n] for i, n in sorted(self.pairs.items()) if n},
             "effective_sample_size": noise.effective_sample_size(self.weight, self.weight_squares),
             "sft_share": self.sft_on / self.prompts if self.prompts else 0.0,
         }
@@ -161,6 +213,12 @@ def ranked_prompts(table: RewardTable, prompts: range, rank_by: str) -> Iterator
         labels = table.label[rows].astype(np.int64)
         own = places + prompts.start
         yield places, rows, Ranked(table.reward[rows], table.members[rows], labels, own, table.candidate_id[rows])
+
+
+def all_ranked(table: RewardTable, rank_by: str) -> Iterator[tuple[Ints, Ints, Ranked]]:
+    """Everything, some tens of thousands of prompts at a time; see `ranked_prompts`."""
+    for start in range(0, table.prompts, _CHUNK):
+        yield from ranked_prompts(table, range(start, min(start + _CHUNK, table.prompts)), rank_by)
 
 
 def weigh_shard(table: RewardTable, prompts: range, rank_by: str, rule: Rule, totals: Totals) -> pa.Table:

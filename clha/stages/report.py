@@ -57,7 +57,7 @@ def noise_of_run(home: Home, run: Run) -> dict[str, Any]:
         raise UserError(
             f"run {run.name} has no finished {missing[0]}; `clha run --run {run.name}` or `clha run-stage` builds it"
         )
-    return {"run": run.name} | noise_facts(built, run, read_noise(built))
+    return {"run": run.name} | noise_facts(built, run, read_noise(built, run))
 
 
 if __name__ == "__main__":

@@ -8,9 +8,11 @@ from clha.errors import UserError
 from clha.store import Artifact
 
 if TYPE_CHECKING:
+    from clha.rewards.weighing import RewardTable
+    from clha.settings_rewards import RewardModel
     from clha.stages.work import Work
 
-CODE_VERSION = {"score": 2, "weigh": 1}
+CODE_VERSION = {"score": 2, "weigh": 2}
 
 # Rewards are exact to 1e-5: a model whose rewards lie closer together than that says nothing.
 _CONSTANT = 1e-5
@@ -54,16 +56,21 @@ def score(work: Work) -> Artifact:
 
 
 def _reward_facts(work: Work) -> dict[str, Any]:
-    """Mean, spread and truncation of all rewards. Raises UserError when they are all the same."""
+    """Mean, spread and truncation of all rewards. Raises UserError when they are all the same, or a member's are."""
     import numpy as np
 
-    table = work.writer.read("rewards", ["reward", "truncated"])
+    table = work.writer.read("rewards", ["reward", "member_rewards", "truncated"])
     rewards = table["reward"].to_numpy()
-    if len(rewards) > 1 and np.ptp(rewards) < _CONSTANT:
-        raise UserError(
-            f"{work.node}: the reward model gives all {len(rewards)} candidates the same reward ({rewards[0]:g}); "
-            "it cannot rank anything: set rescore.reward to another one"
-        )
+    if len(rewards) > 1:
+        members = table["member_rewards"].combine_chunks().flatten().to_numpy().reshape(len(rewards), -1)
+        constant = np.flatnonzero(np.ptp(members, axis=0) < _CONSTANT)
+        if np.ptp(rewards) < _CONSTANT or len(constant):
+            member = int(constant[0]) if len(constant) and members.shape[1] > 1 else None
+            same = rewards[0] if member is None else members[0, member]
+            raise UserError(
+                f"{work.node}: {_name_of(work.settings.rescore.reward, member)} gives all {len(rewards)} candidates "
+                f"the same reward ({same:g}); it cannot rank anything: set rescore.reward to another one"
+            )
     return {
         "scored": len(rewards),
         "reward_mean": float(rewards.mean()) if len(rewards) else None,
@@ -72,16 +79,26 @@ def _reward_facts(work: Work) -> dict[str, Any]:
     }
 
 
+def _name_of(reward: RewardModel, member: int | None) -> str:
+    """A reward model, or one of those that make it up, for an error."""
+    if member is None:
+        return "the reward model"
+    if reward.type == "ensemble":
+        model = reward.members[member]
+        return f"rescore.reward.members[{member}] ({model.model or model.type})"
+    return f"head {member + 1} of the fitted reward model"
+
+
 def weigh(work: Work) -> Artifact:
     """Order, pair weights and lambda of every prompt, from stored rewards."""
     from clha.rewards.labels import judge_labels, label_facts
-    from clha.rewards.rules import label_trust, make_rule
+    from clha.rewards.rules import make_rule
     from clha.rewards.scoring import in_chunks
-    from clha.rewards.weighing import Totals, reward_table, weigh_shard
+    from clha.rewards.trust import label_trust
+    from clha.rewards.weighing import Totals, weigh_shard
 
     rescore, writer = work.settings.rescore, work.writer
-    candidates = work.inputs["generate"].read("candidates", ["prompt_id", "candidate_id", "origin"])
-    table = reward_table(candidates, work.inputs["score"].read("rewards"))
+    table = _scored(work)
     if rescore.rank_by == "label" and not table.label.any():
         raise UserError(
             "weigh: rescore.rank_by is label, but no candidate has one; set generate.include to [chosen, rejected]"
@@ -106,6 +123,14 @@ def weigh(work: Work) -> Artifact:
     return work.finish(
         rows_in=table.prompts + len(table.unscored), rows_out=table.prompts, seed=None, device="cpu", **facts
     )
+
+
+def _scored(work: Work) -> RewardTable:
+    """All rewards joined with the candidates; what was read for it is let go."""
+    from clha.rewards.weighing import reward_table
+
+    candidates = work.inputs["generate"].read("candidates", ["prompt_id", "candidate_id", "origin"])
+    return reward_table(candidates, work.inputs["score"].read("rewards"))
 
 
 def _threshold(work: Work) -> float:

@@ -5,7 +5,11 @@ from typing import Any
 
 import httpx
 import pytest
+from fabricated import Fabricated, fabricate
 
+from clha.errors import StageFailure
+from clha.reporting.noise_facts import noise_lines
+from clha.stages.report import noise_of_run
 from flows import present
 
 METRICS: dict[str, Any] = {
@@ -92,3 +96,64 @@ def test_the_output_of_a_node_is_cut_after_many_lines(caplog: pytest.LogCaptureF
         page.listen("generate", {"event": "output", "line": f"0%|\r50%|\rline {i}"})
     messages = [record.message for record in caplog.records]
     assert len(messages) == 1001 and messages[3] == "line 3" and "log file" in messages[-1]
+
+
+@pytest.fixture(scope="module")
+def rescored(tmp_path_factory: pytest.TempPathFactory) -> Fabricated:
+    """A finished run; not changed by tests."""
+    return fabricate(tmp_path_factory.mktemp("rescored") / "home", prompts=40, tests=12, hostile=False)
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The tables that would be sent to the server."""
+    tables: list[dict[str, Any]] = []
+    monkeypatch.setattr(present, "create_table_artifact", lambda rows, **named: tables.append({"rows": rows} | named))
+    return tables
+
+
+def test_the_noise_artifact_is_the_table_of_clha_noise(rescored: Fabricated, sent: list[dict[str, Any]]):
+    present.publish_noise(rescored.home, rescored.run)
+    (table,) = sent
+    lines = noise_lines(noise_of_run(rescored.home, rescored.run))
+    assert table["rows"] == [{"figure": what, "value": value} for what, value in lines]
+    assert {"rule", "pairs kept", "effective sample size", "reward gap", "calibration", "length"} <= {
+        row["figure"] for row in table["rows"]
+    }
+    assert (table["key"], table["description"]) == ("demo-noise", "noise of run demo")
+
+
+@pytest.mark.parametrize("error", [StageFailure("damaged Parquet file"), KeyError("no reward"), OSError("gone")])
+def test_rewards_that_cannot_be_read_for_the_ui_do_not_fail_a_stage_that_is_done(
+    rescored: Fabricated,
+    sent: list[dict[str, Any]],
+    error: Exception,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("clha.stages.report.noise_of_run", fail)
+    present.publish_noise(rescored.home, rescored.run)
+    assert not sent and not present._off, "the server is not to blame"
+    assert "no table about noise for the UI" in caplog.text
+
+
+def test_without_a_server_nothing_is_read_for_the_noise_artifact(
+    rescored: Fabricated, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(present, "_off", {"ConnectError"})
+    monkeypatch.setattr("clha.stages.report.noise_of_run", lambda *_: pytest.fail("read"))
+    present.publish_noise(rescored.home, rescored.run)
+
+
+def test_a_server_that_is_lost_at_the_noise_artifact_fails_no_stage(
+    rescored: Fabricated, monkeypatch: pytest.MonkeyPatch
+):
+    def gone(*_: Any, **__: Any) -> None:
+        raise httpx.ConnectError("refused")
+
+    monkeypatch.setattr(present, "create_table_artifact", gone)
+    present.publish_noise(rescored.home, rescored.run)
+    assert present._off == {"ConnectError"}

@@ -34,6 +34,9 @@ def draw_all(count: int) -> dict[str, Drawn | None]:
         "distance": noise_figures.kept_by_distance({1: 0.5, 2: 1.0}),
         "curves": training_figures.learning_curves(curves),
         "better": training_figures.better_and_worse(curves),
+        "label-reliability": reward_figures.label_reliability(
+            {"reliability": bins, "reliability_before": bins, "pairs": count}
+        ),
         "reliability": reward_figures.reliability({"a": {"reliability": bins, "reliability_before": bins}}),
     }
 

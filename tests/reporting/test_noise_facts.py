@@ -34,14 +34,26 @@ def test_the_table_names_every_figure_in_words(made: Fabricated) -> None:
     assert "two halves agree at 0.41" in lines["reward model"]
     assert lines["length"].startswith("Rank correlation of reward and length")
     assert lines["longer preferred"] == "56% of held-out pairs"
+    fit = json.loads((made.nodes["fit_reward.train"].folder / "fit.json").read_text())
+    before, after = (fit["calibration"][when]["nll"] for when in ("before", "after"))
+    assert f"log loss {before:.3f} before, {after:.3f} after" in lines["calibration"]
     assert {"calibration", "judge agrees", "SFT part", "kept by rank distance"} <= lines.keys()
 
 
 def test_flip_rate_labels_members_and_flags_have_lines_where_there_are_any(made: Fabricated) -> None:
     facts = noise_of_run(made.home, made.run)
     facts |= {"flip_rate": {"estimate": 0.25, "interval": [0.1, 0.4], "used": 0.25}, "members_agree": 0.5}
+    facts["calibration"] = {
+        "pairs": 1200,
+        "before": {"ece": 0.2, "brier": 0.3, "nll": 0.9},
+        "after": {"ece": 0.01, "brier": 0.2, "nll": 0.6},
+    }
     facts |= {"labels": {"judged": 40, "doubted": 6, "p_right": 0.8}, "flags": [("truncated", 3)]}
     lines = dict(noise_lines(facts))
+    assert lines["calibration on labels"] == (
+        "error 0.200 before, 0.010 after; Brier score 0.300 before, 0.200 after; log loss 0.900 before, 0.600 after; "
+        "1,200 labels, flips allowed for after"
+    )
     assert lines["flipped labels"] == "25.0% [10%, 40%]; used: 25.0%"
     assert lines["labels"] == "40 judged, 6 doubted, mean p(label right) 0.80"
     assert lines["members agree"] == "correlation within prompts 0.50" and lines["flag truncated"] == "3 prompts"

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import pytest
 from fabricated import Fabricated, settings
 
 from clha.reporting import overview, sections
@@ -11,29 +10,17 @@ from clha.runs import Run
 from clha.store import Artifact
 
 
-def trust(facts: dict[str, Any], **rescore: Any) -> Any:
-    tree = settings(rescore={"sft_threshold": "fitted"} | rescore).model_dump(mode="json")
-    weigh = Artifact(Path("."), {"key": "0", "files": [], **facts})
-    return sections.pair_trust({"weigh": weigh}, Run("r", "demo", tree))
+def run_with(**rescore: Any) -> Run:
+    return Run("r", "demo", settings(rescore=rescore).model_dump(mode="json"))
 
 
-def test_a_gap_in_log_odds_is_a_probability() -> None:
-    """Factor 2, gap 0.5: sigmoid(1) = 0.7311."""
-    assert trust({"calibration_factors": [2.0]})(0.5) == pytest.approx(0.7311, abs=1e-4)
-
-
-def test_a_labels_flip_rate_enters_where_labels_order_the_pairs() -> None:
-    """p = sigmoid(1) = 0.7311, e = 0.2: 0.7311 * 0.8 / (0.7311 * 0.8 + 0.2689 * 0.2) = 0.9158."""
-    facts = {"calibration_factors": [1.0], "flip_rate": {"used": 0.2}}
-    assert trust(facts, rank_by="label")(1.0) == pytest.approx(0.9158, abs=1e-4)
-    assert trust(facts, rank_by="reward")(1.0) == pytest.approx(0.7311, abs=1e-4)
-
-
-def test_rewards_of_an_unknown_scale_and_of_several_models_promise_no_probability() -> None:
-    raw = {"type": "sequence_classification", "model": "somewhere"}
-    assert trust({"calibration_factors": [1.0]}, reward=raw, sft_threshold=0.0) is None
-    assert trust({"calibration_factors": [1.0, 2.0]}) is None
-    assert trust({}) is None
+def test_probabilities_are_promised_where_the_scale_of_rewards_is_known() -> None:
+    raw = {"reward": {"type": "sequence_classification", "model": "somewhere"}}
+    assert sections.scale_is_known(run_with(sft_threshold="fitted"))
+    assert not sections.scale_is_known(run_with(**raw))
+    for calibration in ("labels", 0.5):
+        noise = {"method": "calibrated", "calibration": calibration}
+        assert sections.scale_is_known(run_with(noise=noise, **raw))
 
 
 def test_tiles_hold_what_there_is(made: Fabricated) -> None:

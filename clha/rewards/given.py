@@ -1,0 +1,112 @@
+"""Weights of pairs that the user gives: `rescore.noise.method: from_column`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from clha.errors import UserError
+from clha.rewards.weighing import RewardTable
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class GivenWeights:
+    """Weights of pairs (better, worse), found by prompt and candidates; pairs that are not named weigh 0."""
+
+    keys: Ints  # sorted
+    weights: Floats
+
+    @classmethod
+    def read(cls, path: Path, column: str, table: RewardTable) -> "GivenWeights":
+        """Read a Parquet file: prompt_id, better, worse (candidate ids), `column` (a number of at least 0).
+
+        Rows of prompts that the run does not have, and of candidates whose rewards went to quarantine, are left out.
+        Raises UserError for anything else that cannot be a weight of two candidates.
+        """
+        where = f"weigh: rescore.noise.file {path}"
+        try:
+            rows = pq.read_table(path)
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{where}: no readable Parquet file ({str(error).splitlines()[0]})") from None
+        _check_columns(rows, column, where)
+        codes = pc.index_in(rows["prompt_id"].cast(pa.string()), value_set=table.prompt_ids.cast(pa.string()))
+        known = pc.is_valid(codes)
+        rows, code = rows.filter(known), codes.filter(known).to_numpy().astype(np.int64)
+        weights = rows[column].cast(pa.float64(), safe=False).to_numpy()  # nulls become NaN
+        if not (np.isfinite(weights) & (weights >= 0)).all():
+            bad = int(np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))[0])
+            raise UserError(
+                f"{where}: column `{column}` has a weight that is negative or not finite ({weights[bad]:g}, for "
+                f"{_named(rows, bad)}); give 0 to a pair that does not count"
+            )
+        sides = {name: rows[name].cast(pa.int64()).to_numpy() for name in ("better", "worse")}
+        same = sides["better"] == sides["worse"]
+        if same.any():
+            bad = int(np.flatnonzero(same)[0])
+            raise UserError(f"{where}: a candidate is better than itself ({_named(rows, bad)}); take such rows out")
+        kept = np.ones(len(code), dtype=bool)
+        for name, ids in sides.items():
+            scored, lost = table.has(code, ids)
+            strange = ~scored & ~lost
+            if strange.any():
+                bad = int(np.flatnonzero(strange)[0])
+                raise UserError(
+                    f"{where}: column `{name}` names a candidate that its prompt does not have ({_named(rows, bad)}); "
+                    "candidate ids are those of the table candidates"
+                )
+            kept &= scored
+        keys = _pair_keys(code, sides["better"], sides["worse"])
+        if len(np.unique(keys)) < len(keys):
+            raise UserError(f"{where}: names a pair twice; one row for each pair (prompt_id, better, worse)")
+        keys, weights = keys[kept], weights[kept]
+        order = np.argsort(keys, kind="stable")
+        return cls(keys[order], weights[order])
+
+    def of(self, prompt: Ints, candidates: NDArray[np.int32]) -> Floats:
+        """[p, n, n] for prompts [p] with candidates [p, n]."""
+        if not len(self.keys):
+            return np.zeros((*candidates.shape, candidates.shape[1]))
+        wanted = _pair_keys(prompt[:, None, None], candidates[:, :, None], candidates[:, None, :])
+        at = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
+        return np.where(self.keys[at] == wanted, self.weights[at], 0.0)
+
+
+def _check_columns(rows: pa.Table, column: str, where: str) -> None:
+    """Raises UserError when a column is missing or holds what it cannot."""
+    missing = [c for c in ("prompt_id", "better", "worse", column) if c not in rows.column_names]
+    if missing:
+        raise UserError(f"{where}: has no column `{missing[0]}`; it has {', '.join(rows.column_names)}")
+    whole, text = pa.types.is_integer, (pa.types.is_string, pa.types.is_large_string)
+    wanted: list[tuple[str, str, tuple[Any, ...]]] = [
+        ("prompt_id", "text", text),
+        ("better", "candidate ids (integers)", (whole,)),
+        ("worse", "candidate ids (integers)", (whole,)),
+        (column, "numbers", (whole, pa.types.is_floating)),
+    ]
+    for name, what, fitting in wanted:
+        kind = rows.schema.field(name).type
+        if pa.types.is_dictionary(kind):
+            kind = kind.value_type
+        if not any(fits(kind) for fits in fitting):
+            raise UserError(f"{where}: column `{name}` must hold {what}, it holds {kind}")
+        if name != column and rows[name].null_count:
+            raise UserError(f"{where}: column `{name}` has {rows[name].null_count} empty cells; each row names a pair")
+
+
+def _named(rows: pa.Table, i: int) -> str:
+    """A row of the file, for an error."""
+    row = {name: rows[name][i].as_py() for name in ("prompt_id", "better", "worse")}
+    return ", ".join(f"{name} {value}" for name, value in row.items())
+
+
+def _pair_keys(prompt: NDArray[Any], better: NDArray[Any], worse: NDArray[Any]) -> Ints:
+    keys = (prompt.astype(np.int64) << 32) | (better.astype(np.int64) << 16) | worse.astype(np.int64)
+    return np.asarray(keys)
