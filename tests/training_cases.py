@@ -44,10 +44,18 @@ def _prompt(draw: np.random.Generator, prompt_id: str, reference: bool) -> Ranke
     )
 
 
-def small_llama(seed: int = 0) -> LlamaForCausalLM:
-    """A random two-layer Llama in float32."""
+def two_responses(size: int) -> Prompts:
+    """Prompts that have two responses each, fewer than those of others."""
+    made = Prompts(9 * size, seed=2, reference=True)
+    made.items, made.max_candidates = [prompt for prompt in made.items if len(prompt) == 2][:size], 2
+    assert len(made) == size
+    return made
+
+
+def small_llama(seed: int = 0, tied: bool = False, lora: bool = False) -> Any:
+    """A random two-layer Llama in float32; `tied`: one matrix for input and output; `lora`: with an adapter."""
     torch.manual_seed(seed)
-    return LlamaForCausalLM(
+    model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY,
             hidden_size=64,
@@ -55,8 +63,14 @@ def small_llama(seed: int = 0) -> LlamaForCausalLM:
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
+            tie_word_embeddings=tied,
         )
     )
+    if not lora:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
 
 
 def config(folder: Path, **settings: Any) -> ClhaConfig:
@@ -95,3 +109,11 @@ def weights(model: torch.nn.Module) -> torch.Tensor:
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:
     """Relative difference of two vectors."""
     return float((one - other).norm() / other.norm())
+
+
+def timeless(rows: list[dict]) -> list[dict]:
+    """Rows of metrics without what depends on how fast the machine was."""
+    return [
+        {k: v for k, v in r.items() if not k.startswith("perf/") and not k.endswith(("_second", "_runtime"))}
+        for r in rows
+    ]

@@ -86,6 +86,7 @@ def train_policy(job: Job, progress: Progress) -> dict[str, Any]:
     from clha.training.metrics import metric_rows
     from clha.training.model_card import model_card
     from clha.training.preferences import Preferences
+    from clha.training.processes import held_share
     from clha.training.trainer import ClhaTrainer
 
     transformers.utils.logging.set_verbosity_warning()
@@ -121,6 +122,9 @@ def train_policy(job: Job, progress: Progress) -> dict[str, Any]:
     for note in trainer.notes[told:]:
         progress.log(note)
     model = _whole_model(trainer, job, own.lora)
+    if trainer.is_fsdp_enabled:
+        held = held_share(trainer.model_wrapped)
+        progress.log(f"the weights were sharded over {own.processes} processes: this one held {held:.0%} of them")
     if trainer.args.process_index != 0:
         return {}
     if own.keep_best:
@@ -165,7 +169,9 @@ def _arguments(settings: Settings, job: Job, *, evaluates: bool) -> Any:
     if s.processes > 1:
         more["ddp_backend"] = "nccl" if torch.cuda.is_available() else "gloo"
     if s.sharding == "full_shard":
-        more |= {"fsdp": "full_shard auto_wrap", "fsdp_config": {"version": 2}}
+        more |= {"fsdp": True, "fsdp_config": {"version": 2}}
+    # One micro-batch of all prompts has the denominators of the whole batch, in however many processes it is computed.
+    whole = s.micro_batch_prompts in (None, s.batch_prompts)
     return ClhaConfig(
         output_dir=job.checkpoints,
         loss=s.loss,
@@ -174,7 +180,7 @@ def _arguments(settings: Settings, job: Job, *, evaluates: bool) -> Any:
         sft_by=s.sft_by,
         beta=s.beta,
         label_smoothing=s.label_smoothing,
-        normalization=s.normalization,
+        normalization="batch" if whole else s.normalization,
         share_prompts=s.share_prompts,
         tokens_per_micro_batch=s.tokens_per_micro_batch,
         logprob_tolerance=s.logprob_tolerance,

@@ -1,10 +1,12 @@
 """Settings of a training run, as transformers' TrainingArguments with what CLHA adds."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
 
+from clha.errors import UserError
 from clha.training.objectives import LOSSES
 
 
@@ -55,6 +57,9 @@ class ClhaConfig(TrainingArguments):
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Prompts per device and accumulation step."})
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Prompts looked at together in evaluation."})
     logging_steps: float = field(default=1, metadata={"help": "Steps between two rows of metrics."})
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "A resumed run knows how long there was no better evaluation (early stop)."}
+    )
 
     def __post_init__(self) -> None:
         self.remove_unused_columns = False
@@ -62,6 +67,11 @@ class ClhaConfig(TrainingArguments):
         # Two complete checkpoints: a half-written one must have a predecessor.
         if self.save_total_limit is not None:
             self.save_total_limit = max(2, self.save_total_limit)
+        if self.fp16 or self.fp16_full_eval or self.bf16_full_eval:
+            raise ValueError(
+                "fp16, fp16_full_eval and bf16_full_eval are not supported: the loss scaling of float16 overflows on "
+                "purpose, and evaluation computes as training does; use bf16=True"
+            )
         super().__post_init__()
         # One value for `label_smoothing`: TrainingArguments has one for cross-entropy, which is not used here.
         self.label_smoothing_factor = 0.0
@@ -71,6 +81,8 @@ class ClhaConfig(TrainingArguments):
             raise ValueError(f"normalization must be batch or reference, not {self.normalization!r}")
         if self.sft_by not in ("sum", "mean"):
             raise ValueError(f"sft_by must be sum or mean, not {self.sft_by!r}")
+        if self.fsdp and int(self.fsdp_config.get("version", 2)) != 2:  # type: ignore[union-attr, arg-type]
+            raise ValueError("fsdp_config version 1 is not supported: use 2")
         if self.n_gpu > 1:
             raise ValueError("several GPUs in one process are not supported: start one process per GPU with torchrun")
 
@@ -82,3 +94,20 @@ class ClhaConfig(TrainingArguments):
     def reward_rule(self) -> dict[str, float]:
         """The settings that `clha.training.datasets.as_ranked_prompts` reads."""
         return {"reward_gap": self.reward_gap, "sft_threshold": self.sft_threshold}
+
+
+# What `Trainer` takes and this one has no use for, and what to do instead.
+_UNUSED = {
+    "model_init": "give the model itself; a search over hyperparameters makes a trainer for each trial",
+    "data_collator": "prompts are laid out by tokens_per_micro_batch",
+    "compute_loss_func": "the loss is args.loss; override ClhaTrainer.training_step for another one",
+    "compute_metrics": "there are no predictions to compute them from; evaluate() returns rewards/* and the loss",
+    "preprocess_logits_for_metrics": "there are no logits; evaluate() returns rewards/* and the loss",
+}
+
+
+def refuse_unused(given: Mapping[str, Any]) -> None:
+    """Raises UserError where a trainer is given what it would silently leave aside."""
+    for name, instead in _UNUSED.items():
+        if given.get(name) is not None:
+            raise UserError(f"ClhaTrainer takes no {name}: {instead}")

@@ -35,6 +35,8 @@ def as_ranked_prompts(dataset: Any, tokenizer: Any, *, reward_gap: float = 3.0, 
     if {"chosen", "rejected"} <= columns:
         if tokenizer is None:
             raise UserError("dataset: chosen and rejected are text; give the tokenizer as processing_class")
+        if tokenizer.eos_token_id is None:
+            raise UserError("dataset: responses end with the tokenizer's eos_token, and it has none; set it")
         return _Rows(dataset, lambda row, i: _from_pair(row, i, tokenizer))
     raise UserError(
         f"dataset: has columns {', '.join(sorted(columns)) or 'none'}; wanted are prompt_token_ids, "
@@ -169,7 +171,8 @@ def _plain(prompt: str | None, chosen: str, rejected: str, tokenizer: Any) -> tu
     def ids(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
-    begin = [tokenizer.bos_token_id] if getattr(tokenizer, "add_bos_token", False) else []
+    begins = getattr(tokenizer, "add_bos_token", False) and tokenizer.bos_token_id is not None
+    begin = [tokenizer.bos_token_id] if begins else []
     return begin + ids(prompt), [[*ids(answer), tokenizer.eos_token_id] for answer in (chosen, rejected)]
 
 

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from transformers import Trainer
+from transformers import EarlyStoppingCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy, SaveStrategy, rotate_checkpoints
 from transformers.utils import PushInProgress
 
 from clha.training.checkpoints import last_checkpoint, mark_complete
+from clha.training.processes import ProcessesTrainer
 
 _LOG = logging.getLogger(__name__)
 # What only resuming needs: optimizer, scheduler and random states are pickled, the rest says nothing about the model.
@@ -27,7 +28,7 @@ _FOR_RESUMING = (
 )
 
 
-class SavingTrainer(Trainer):
+class SavingTrainer(ProcessesTrainer):
     """A Trainer that marks whole checkpoints, resumes from those only, and leaves no pickled arguments."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -42,6 +43,20 @@ class SavingTrainer(Trainer):
                 )
             resume_from_checkpoint = str(found)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Whether training is over is asked after steps only: a run that was killed after its last step, or after an
+        # early stop, would train one step too many when it is resumed.
+        if kwargs["resume_from_checkpoint"] is not None and self._is_over():
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _is_over(self) -> bool:
+        early = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+        return self.state.global_step >= self.state.max_steps or any(
+            callback.early_stopping_patience_counter >= callback.early_stopping_patience for callback in early
+        )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)

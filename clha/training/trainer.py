@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import AutoModelForCausalLM, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
+from clha.errors import UserError
 from clha.training import checks, policy
-from clha.training.arguments import ClhaConfig
+from clha.training.arguments import ClhaConfig, refuse_unused
 from clha.training.batches import Layout, MicroBatch, RankedPrompt
 from clha.training.datasets import as_ranked_prompts
 from clha.training.flops import peak_flops, training_flops
@@ -38,6 +38,9 @@ class ClhaTrainer(SavingTrainer):
         processing_class: the tokenizer; needed for text.
         peft_config: of an adapter to train instead of all weights.
         others: as for any Trainer (callbacks, optimizers, ...).
+
+    Raises:
+        UserError: something is given that would not be used, as compute_metrics.
     """
 
     args: ClhaConfig
@@ -54,6 +57,7 @@ class ClhaTrainer(SavingTrainer):
         peft_config: Any = None,
         **others: Any,
     ) -> None:
+        refuse_unused(others)
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         if peft_config is not None:
@@ -106,27 +110,16 @@ class ClhaTrainer(SavingTrainer):
         counted = count(prompts, self._candidates)
         return samples, Denominators.from_tensor(self._summed(counted.tensor()))
 
-    def _summed(self, values: Tensor) -> Tensor:
-        """Sum a tensor over all processes."""
-        if self.args.world_size == 1:
-            return values
-        return self.accelerator.reduce(values.to(self.args.device), reduction="sum").cpu()
-
-    def _from_all(self, values: list[str]) -> list[str]:
-        """The lists of all processes, one after the other."""
-        return values if self.args.world_size == 1 else gather_object(values)
-
-    def _micro_batches(self, prompts: list[RankedPrompt]) -> list[tuple[MicroBatch, float]]:
-        """Prompts laid out for the model within the token budget, each layout with its weight in the loss.
+    def _micro_batches(self, prompts: list[RankedPrompt], dataset: Any) -> list[tuple[MicroBatch, float]]:
+        """Prompts of `dataset` laid out for the model within the token budget, each layout with its weight in the loss.
 
         All processes get equally many, so that all take part in every collective: who has less to do repeats
         something at weight 0.
         """
         batches = [(batch, 1.0) for batch in self._layout.micro_batches(prompts, self.args.tokens_per_micro_batch)]
-        if self.args.world_size > 1:
-            most = int(self.accelerator.gather(torch.tensor([len(batches)], device=self.args.device)).max())
-            idle = self._layout.batch((prompts or [self.train_dataset[0]])[:1])
-            batches = [(idle, 0.0)] * (most - len(batches)) + batches
+        missing = self._largest(len(batches)) - len(batches)
+        if missing:
+            batches = [(self._layout.batch((prompts or [dataset[0]])[:1]), 0.0)] * missing + batches
         return batches
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -134,7 +127,7 @@ class ClhaTrainer(SavingTrainer):
         over, share = num_items_in_batch, 1.0
         if self.args.normalization == "reference":
             over, share = count(inputs, self._candidates), 1.0 / self._parts  # the mean over all that are not empty
-        batches = self._micro_batches(inputs)
+        batches = self._micro_batches(inputs, self.train_dataset)
         if self.state.global_step == 0 and not self._checked:
             with self._pace.paused():
                 self._check_generator(model, batches[0][0])
@@ -183,7 +176,8 @@ class ClhaTrainer(SavingTrainer):
     def evaluation_loop(self, dataloader: Any, description: str, *_: Any, **kwargs: Any) -> EvalLoopOutput:
         """Loss and metrics over a whole dataset; its prompts are dealt to the processes."""
         prefix, dataset, args = kwargs.get("metric_key_prefix", "eval"), self._prompts(dataloader.dataset), self.args
-        model, was_training = self.model_wrapped, self.model_wrapped.training
+        model = self._model_to_evaluate()
+        was_training = model.training
         model.eval()
         sums, size = Sums(args.loss), args.per_device_eval_batch_size
         with self._pace.paused():
@@ -191,7 +185,7 @@ class ClhaTrainer(SavingTrainer):
             mine = [dataset[i] for i in range(args.process_index, len(dataset), args.world_size)]
             over = Denominators.from_tensor(self._summed(count(mine, dataset.max_candidates).tensor()))
             for start in range(0, -(-len(dataset) // args.world_size), size):
-                for batch, weight in self._micro_batches(mine[start : start + size]):
+                for batch, weight in self._micro_batches(mine[start : start + size], dataset):
                     parts, logps = self._objective(model, batch, over)
                     if weight:
                         sums.add_batch(logps, batch, parts)
@@ -199,6 +193,9 @@ class ClhaTrainer(SavingTrainer):
         sums.values = self._summed(sums.values)
         metrics = {f"{prefix}_{name}": value for name, value in ({"loss": sums["total"]} | sums.metrics(1)).items()}
         return EvalLoopOutput(np.empty(0), None, metrics, len(dataset))
+
+    def predict(self, *_: Any, **__: Any) -> Any:
+        raise UserError("ClhaTrainer.predict: there are no predictions, only metrics; use evaluate(dataset)")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics of the steps since the last log to a training log."""

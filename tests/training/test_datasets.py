@@ -51,6 +51,21 @@ def test_a_pair_becomes_a_ranked_prompt_that_ends_in_eos(form: str, tokenizer: A
         assert (chosen, rejected) == (f"It scatters.{eos}", f"No.{eos}")
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_tokenizer_without_eos_is_told_before_a_row_is_read(form: str, tiny_model: Path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="dataset: responses end with the tokenizer's eos_token, and it has none"):
+        as_ranked_prompts(Dataset.from_list(FORMS[form]), tokenizer)
+
+
+def test_a_tokenizer_that_would_begin_with_a_token_it_does_not_have_begins_with_the_text(tiny_model: Path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    want = as_ranked_prompts(Dataset.from_list(FORMS["plain, explicit prompt"]), tokenizer)[0].prompt.tolist()
+    tokenizer.add_bos_token, tokenizer.bos_token = True, None
+    assert as_ranked_prompts(Dataset.from_list(FORMS["plain, explicit prompt"]), tokenizer)[0].prompt.tolist() == want
+
+
 def asked(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 

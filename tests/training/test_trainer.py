@@ -1,11 +1,7 @@
-"""The trainer: one step however it is cut, exact resume, what it reports, several processes."""
+"""The trainer: one step however it is cut, and what it reports."""
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,16 +10,15 @@ import numpy as np
 import pytest
 import torch
 from training_cases import Prompts, config, distance, small_llama, trainer, weights
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from clha.errors import UserError
 from clha.training import policy
 from clha.training.batches import RankedPrompt, pack
-from clha.training.checkpoints import is_complete, last_checkpoint
 from clha.training.export import metrics_table
 from clha.training.logprobs import sum_by_response
 from clha.training.metrics import metric_rows
 from clha.training.objectives import LOSSES, count, objective
+from clha.training.trainer import ClhaTrainer
 
 HERE = Path(__file__).parent
 
@@ -138,6 +133,51 @@ def test_reference_normalisation_meets_the_goldens(shared: Path):
         assert float(parts["total"]) == pytest.approx(case["total"], abs=1e-6)
 
 
+def golden_cases() -> list[dict[str, Any]]:
+    path = HERE.parents[2] / "shared" / "golden" / "clha_loss.json"
+    return json.loads(path.read_text())["cases"] if path.is_file() else []
+
+
+@pytest.mark.parametrize("case", golden_cases(), ids=lambda case: case["name"])
+def test_a_step_of_the_trainer_with_reference_normalisation_has_the_goldens_loss_and_gradient(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: dict[str, Any]
+):
+    """A golden case as the rows of a dataset that one micro-batch takes; the model's own forward alone is replaced.
+
+    What is added to each log-probability sum is zero, and its gradient is d total / d sum.
+    """
+    from datasets import Dataset
+
+    n, sums = len(case["rewards"][0]), torch.tensor(case["sum_logps"], dtype=torch.float64)
+    added = torch.zeros_like(sums, requires_grad=True)
+
+    def response_logps(model: Any, batch: Any) -> torch.Tensor:
+        places = torch.tensor([int(name) for name in batch.prompt_ids])
+        mean = (sums + added)[places].flatten() / batch.response_lengths.flatten()
+        return mean[batch.target_cell]
+
+    rows = [
+        {"prompt_id": str(b), "prompt_token_ids": [1, 2], "response_token_ids": [[3] * length for length in lengths]}
+        | {"rewards": case["rewards"][b], "sft_index": case["sft_index"][b]}
+        for b, lengths in enumerate(case["response_lengths"])
+    ]
+    monkeypatch.setattr(policy, "response_logps", response_logps)
+    settings = {"margin": case["margin"], "reward_gap": case["margin"], "sft_weight": case["sft_weight"]}
+    settings |= {"per_device_train_batch_size": len(rows), "tokens_per_micro_batch": 100_000, "max_steps": 1}
+    made = trainer(tmp_path, data=Dataset.from_list(rows), normalization="reference", **settings)
+    assert made.train_dataset.max_candidates == n
+    made.train()
+    (row,) = metric_rows(made.state.log_history)
+    assert row["loss/contrastive"] == pytest.approx(case["contrastive"], abs=1e-9)
+    assert row["loss/sft"] == pytest.approx(case["sft"], abs=1e-9)
+    assert row["loss"] == pytest.approx(case["total"], rel=1e-6)
+    torch.testing.assert_close(added.grad, torch.tensor(case["grad_sum_logps"], dtype=torch.float64), atol=1e-9, rtol=0)
+
+
+def test_the_goldens_are_there(shared: Path):
+    assert len(golden_cases()) == 7
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_trains_on_the_same_prompts(tmp_path: Path, loss: str):
     made = trainer(tmp_path, data=Prompts(30, reference=True), evaluation=Prompts(7, 1, reference=True), loss=loss)
@@ -159,6 +199,36 @@ def test_bf16_computes_in_bfloat16_over_float32_master_weights(tmp_path: Path):
     assert {p.dtype for p in made.model.parameters()} == {torch.float32}
     assert {state["exp_avg"].dtype for state in made.optimizer.state.values()} == {torch.float32}
     assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[1] != losses[0]
+
+
+def test_in_bfloat16_an_evaluation_before_training_computes_as_training_does(tmp_path: Path):
+    """Policy and reference are one: the DPO loss is log 2, to what sums of float32 numbers are known to."""
+    made = trainer(tmp_path, loss="dpo", bf16=True)
+    assert made.evaluate()["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert made.evaluate()["eval_logps/chosen"] != trainer(tmp_path, loss="dpo").evaluate()["eval_logps/chosen"]
+
+
+@pytest.mark.parametrize("setting", ["fp16", "fp16_full_eval", "bf16_full_eval"])
+def test_what_would_end_in_an_infinite_gradient_or_change_the_evaluation_is_refused(tmp_path: Path, setting: str):
+    with pytest.raises(ValueError, match="fp16.* not supported: .*; use bf16=True") as caught:
+        config(tmp_path, **{setting: True})
+    assert "\n" not in str(caught.value)
+
+
+def test_the_first_form_of_sharding_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="fsdp_config version 1 is not supported: use 2"):
+        config(tmp_path, fsdp=True, fsdp_config={"version": 1})
+
+
+@pytest.mark.parametrize(
+    "name", ["model_init", "data_collator", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"]
+)
+def test_what_the_trainer_would_leave_aside_is_refused_in_one_line(tmp_path: Path, name: str):
+    with pytest.raises(UserError, match=f"ClhaTrainer takes no {name}: ") as caught:
+        ClhaTrainer(small_llama(), config(tmp_path), train_dataset=Prompts(4), **{name: lambda *_: None})
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="no predictions, only metrics; use evaluate"):
+        trainer(tmp_path).predict(Prompts(4))
 
 
 @pytest.mark.gpu
@@ -197,39 +267,6 @@ def test_an_epoch_shows_every_prompt_once_in_an_order_of_its_own(tmp_path: Path)
     assert [list(sampler) for sampler in samplers] != steps
 
 
-# -- resume ------------------------------------------------------------------------------------------------------
-
-
-class KillAt(TrainerCallback):
-    """SIGKILL in the middle of a step's end."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args, state, control, **_):
-        if state.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-RESUMABLE = {
-    "max_steps": 9,
-    "save_strategy": "steps",
-    "save_steps": 3,
-    "per_device_train_batch_size": 4,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 2,
-    "eval_strategy": "steps",
-    "eval_steps": 2,
-}
-
-
-def timeless(rows: list[dict]) -> list[dict]:
-    return [
-        {k: v for k, v in r.items() if not k.startswith("perf/") and not k.endswith(("_second", "_runtime"))}
-        for r in rows
-    ]
-
-
 def test_where_batches_must_stay_whole_they_do_not_depend_on_the_processes():
     """Eleven prompts, batches of two: with two processes the last unit has three prompts, a full batch and one more."""
     from clha.training.loader import PromptSampler
@@ -238,73 +275,6 @@ def test_where_batches_must_stay_whole_they_do_not_depend_on_the_processes():
     two = [list(PromptSampler(11, 2, seed=5, process=p, processes=2, whole=True)) for p in range(2)]
     assert [unit for step in zip(*two, strict=True) for unit in step] == one
     assert [len(unit) for unit in one] == [2, 2, 2, 2, 2, 1]
-
-
-@pytest.mark.parametrize("killed_at", [4, *(pytest.param(k, marks=pytest.mark.slow) for k in (2, 8))])
-def test_a_killed_run_goes_on_to_the_same_weights_bit_for_bit_and_the_same_metrics(tmp_path: Path, killed_at: int):
-    code = (
-        "import sys; from pathlib import Path; from training_cases import *; from test_trainer import *\n"
-        f"made = trainer(Path(sys.argv[1]), **RESUMABLE); made.add_callback(KillAt({killed_at})); made.train()"
-    )
-    paths = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
-    script = f"import sys; sys.path[:0] = {paths!r}\n{code}"
-    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "run")], capture_output=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
-    found = last_checkpoint(tmp_path / "run", print)
-    assert (found.name if found else None) == {2: None, 4: "checkpoint-3", 8: "checkpoint-6"}[killed_at]
-
-    resumed = trainer(tmp_path / "run", **RESUMABLE)
-    resumed.train(resume_from_checkpoint=str(found) if found else None)
-    whole = trainer(tmp_path / "whole", **RESUMABLE)
-    whole.train()
-    assert torch.equal(weights(resumed.model), weights(whole.model))
-    rows, want = metric_rows(resumed.state.log_history), metric_rows(whole.state.log_history)
-    assert [row["step"] for row in rows] == list(range(1, 10))
-    assert timeless(rows) == timeless(want)
-
-
-@pytest.mark.parametrize("step", [3, 4])
-def test_a_run_resumed_in_the_second_epoch_goes_on_bit_for_bit_with_dropout_and_accumulation(tmp_path: Path, step: int):
-    """Ten prompts, two at once, two of those a step: three steps an epoch. After 3 the second begins, 4 is within."""
-    settings = {
-        "max_steps": 7,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "save_strategy": "steps",
-        "save_steps": 1,
-        "data": Prompts(10),
-    }
-
-    def model() -> LlamaForCausalLM:
-        torch.manual_seed(0)
-        return LlamaForCausalLM(LlamaConfig(**{**small_llama().config.to_diff_dict(), "attention_dropout": 0.2}))
-
-    whole = trainer(tmp_path, model=model(), **settings)
-    whole.train()
-    want, steps = metric_rows(whole.state.log_history), list(range(1, 8))
-    resumed = trainer(tmp_path, model=model(), **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
-    assert torch.equal(weights(resumed.model), weights(whole.model))
-    rows = metric_rows(resumed.state.log_history)
-    assert [row["step"] for row in rows] == steps and timeless(rows) == timeless(want)
-    plain = trainer(tmp_path / "plain", **settings)
-    plain.train()
-    assert not torch.equal(weights(plain.model), weights(whole.model)), "nothing was dropped"
-
-
-def test_a_half_written_checkpoint_is_recognised_and_the_one_before_is_taken(tmp_path: Path):
-    trained(tmp_path, **RESUMABLE)
-    assert all(is_complete(p) for p in tmp_path.glob("checkpoint-*"))
-    (tmp_path / "checkpoint-9" / "optimizer.pt").write_bytes(b"half")
-    said: list[str] = []
-    found = last_checkpoint(tmp_path, said.append)
-    assert found is not None and found.name == "checkpoint-6"
-    assert said == ["checkpoint-9 is half-written; the one before it is taken"]
-    (tmp_path / "checkpoint-6" / "complete.json").unlink()
-    found = last_checkpoint(tmp_path, said.append)
-    assert found is not None and found.name == "checkpoint-3"
-    assert said[1:] == [said[0], "checkpoint-6 is half-written or another trainer's; the one before it is taken"]
-    assert (tmp_path / "checkpoint-9").is_dir() and (tmp_path / "checkpoint-6").is_dir()
 
 
 # -- what it reports ---------------------------------------------------------------------------------------------
@@ -409,7 +379,6 @@ def test_a_lora_adapter_trains_alone_and_is_saved_or_merged(tmp_path: Path):
     from peft import LoraConfig, PeftModel
 
     from clha.training.export import save_model
-    from clha.training.trainer import ClhaTrainer
 
     class Tokenizer:
         pad_token_id = 0
@@ -438,65 +407,3 @@ def test_a_lora_adapter_trains_alone_and_is_saved_or_merged(tmp_path: Path):
             assert torch.equal(weights(base), before)
             loaded = PeftModel.from_pretrained(base, folder)
         torch.testing.assert_close(loaded.eval()(input_ids=ids).logits, want, atol=1e-5, rtol=0)
-
-
-# -- more processes ----------------------------------------------------------------------------------------------
-
-
-def run_in_two_processes(tmp_path: Path, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        + [str(HERE / "two_processes.py"), str(tmp_path), *arguments],
-        env={**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE.parents[1]}", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert (done.returncode == 0) == (expect == 0), done.stdout[-3000:] + done.stderr[-3000:]
-    return done
-
-
-@pytest.mark.parametrize("sharding", ["none", pytest.param("fsdp", marks=pytest.mark.slow)])
-def test_two_processes_take_the_same_steps_as_one(tmp_path: Path, sharding: str):
-    """13 prompts, 8 a step: the second step has 5, dealt 2 and 3; token budgets differ between the processes."""
-    settings = {"per_device_train_batch_size": 8, "num_train_epochs": 2, "max_steps": -1}
-    one = trainer(tmp_path / "one", data=Prompts(13), tokens_per_micro_batch=80, **settings)
-    one.train()
-    run_in_two_processes(tmp_path, sharding, "13")
-    two = torch.load(tmp_path / "weights.pt", weights_only=True)
-    assert distance(two, weights(one.model)) < 1e-5
-    rows = json.loads((tmp_path / "rows.json").read_text())
-    for ours, theirs in zip(rows, metric_rows(one.state.log_history), strict=True):
-        for name in ("loss", "grad_norm", "rewards/accuracies", "rewards/margins", "num_tokens", "noise/kept_fraction"):
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
-    evaluated = json.loads((tmp_path / "evaluated.json").read_text())
-    assert evaluated["eval_loss"] == pytest.approx(one.evaluate()["eval_loss"], rel=1e-4)
-
-
-@pytest.mark.slow
-def test_a_step_with_a_prompt_for_the_second_process_alone_has_the_same_columns(tmp_path: Path):
-    """Nine prompts, 8 a step: of the second step the first process, which writes the table, has none."""
-    run_in_two_processes(tmp_path, "none", "9")
-    rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    trained_on = [{name for name in row if not name.startswith("eval_")} for row in rows]
-    assert all(names == trained_on[0] for names in trained_on)
-    for row in rows:
-        assert row["loss"] == pytest.approx(row["loss/contrastive"] + row["loss/sft"], rel=1e-5)
-
-
-@pytest.mark.slow
-def test_an_infinite_gradient_names_the_prompts_of_all_processes(tmp_path: Path):
-    """Eight prompts in one step, four in each process."""
-    done = run_in_two_processes(tmp_path, "none", "8", "infinite", expect=1)
-    lines = [line for line in done.stderr.splitlines() if "the gradient norm is" in line]
-    named = {line.partition("prompts ")[2].partition(";")[0] for line in lines}
-    assert len(named) == 1
-    assert sorted(named.pop().split(", ")) == sorted(p.prompt_id for p in Prompts(8).items)
-
-
-def test_a_killed_rank_ends_the_run_with_one_line_that_says_so_and_nothing_hangs(tmp_path: Path):
-    done = run_in_two_processes(tmp_path, "none", "13", "kill", expect=1)
-    said = [line for line in done.stderr.splitlines() if "SIGKILL) received by PID" in line]
-    assert len(said) == 1, done.stderr[-3000:]
