@@ -185,9 +185,13 @@ def noise_section(nodes: Nodes, run: Run) -> Section | None:
 
 
 def scale_is_known(run: Run) -> bool:
-    """Whether differences of rewards are log-odds: those of fitted models, or calibrated ones."""
+    """Whether differences of rewards are log-odds: those of models that fit_reward made, or calibrated ones."""
     rescore = run.settings["rescore"]
-    return bool(rescore["reward"]["type"] == "fitted" or rescore["noise"]["calibration"] != "reward_model")
+    if rescore["noise"]["calibration"] != "reward_model":
+        return True
+    reward = rescore["reward"]
+    parts = reward["members"] if reward["type"] == "ensemble" else [reward]
+    return all(part["type"] in ("fitted", "encoder_head") and part["scale"] == 1 for part in parts)
 
 
 def _by_origin(candidates: pa.Table) -> dict[str, Floats]:

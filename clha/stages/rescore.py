@@ -86,7 +86,7 @@ def _name_of(reward: RewardModel, member: int | None) -> str:
     if reward.type == "ensemble":
         model = reward.members[member]
         return f"rescore.reward.members[{member}] ({model.model or model.type})"
-    return f"head {member + 1} of the fitted reward model"
+    return f"head {member + 1} of the reward model"
 
 
 def weigh(work: Work) -> Artifact:

@@ -18,6 +18,11 @@ def test_probabilities_are_promised_where_the_scale_of_rewards_is_known() -> Non
     raw = {"reward": {"type": "sequence_classification", "model": "somewhere"}}
     assert sections.scale_is_known(run_with(sft_threshold="fitted"))
     assert not sections.scale_is_known(run_with(**raw))
+    head = {"type": "encoder_head", "model": "a/head", "encoder": "an/encoder"}
+    own = {"type": "fitted"}
+    assert sections.scale_is_known(run_with(reward={"type": "ensemble", "members": [own, head]}))
+    for odd in ({"type": "fitted", "scale": 2.0}, raw["reward"]):
+        assert not sections.scale_is_known(run_with(reward={"type": "ensemble", "members": [own, odd]}))
     for calibration in ("labels", 0.5):
         noise = {"method": "calibrated", "calibration": calibration}
         assert sections.scale_is_known(run_with(noise=noise, **raw))

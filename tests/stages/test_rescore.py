@@ -188,7 +188,7 @@ def test_a_constant_head_among_several_is_refused_by_its_number(
     prompts, candidates = some_candidates(4, 2)
     work = score_work(home, tiny_model, fitted, prompts, candidates)
     write_members(monkeypatch, lambda i: [1.0, float(i), float(-i)])
-    with pytest.raises(UserError, match="head 1 of the fitted reward model gives all 8 candidates the same reward"):
+    with pytest.raises(UserError, match="head 1 of the reward model gives all 8 candidates the same reward"):
         rescore.build(work)
 
 
