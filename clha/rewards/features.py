@@ -24,8 +24,9 @@ from clha.rewards.texts import ChatText, Encoded, RewardInput, encode_all, text_
 
 Pooling = Literal["response_mean", "mean"]
 
-# The share of the computed tokens that shared prompts must save: less than that does not pay for their masks.
-MIN_SAVING = 0.15
+# The share of the computed tokens that shared prompts must save: less than that does not pay for their masks. Measured
+# on a CPU: 17% saved is 0.91 times as fast, 34% 1.34 times, 52% 2.15 times.
+MIN_SAVING = 0.25
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class FrozenEncoder:
         """Features of the items, in float32 precision; `progress` hears how many are done.
 
         Responses to one prompt share its computation where the model allows (`shares_prefixes`) and where that is
-        faster: where the batches have at least `min_saving` (15%) fewer tokens, padding included, than those of each
+        faster: where the batches have at least `min_saving` (25%) fewer tokens, padding included, than those of each
         response with a prompt of its own. Features are the same to 1e-5 either way.
 
         `batches` replaces the cut by length: places among the sequences (packs, where prompts are shared).

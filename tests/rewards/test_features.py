@@ -109,7 +109,7 @@ def test_prompts_are_shared_only_where_that_saves_tokens(tiny_model: Path) -> No
 
     long = "whatever you say " * 8
     assert tokens("Tea?", long, True) == tokens("Tea?", long, False)
-    assert tokens(long, "Tea", True) < 0.85 * tokens(long, "Tea", False)
+    assert tokens(long, "Tea", True) < 0.75 * tokens(long, "Tea", False)
 
 
 def out_of_memory_above(reader: FrozenEncoder, responses: int) -> list[list[int]]:
