@@ -1,23 +1,22 @@
 """Attention over packed rows in which the responses of a prompt share it: each sees its prompt and itself only.
 
-On the CPU the row is computed in tiles of matrix products over the keys that they may see. On CUDA it is one
-FlexAttention call with a block mask. Scores with a soft cap or dropout are computed plainly on the CPU, prompt by
-prompt.
+On the CPU the row is computed in tiles of queries over the keys that they may see (`clha.training.tiles`). On CUDA it
+is one FlexAttention call with a block mask. Scores with a soft cap or dropout are computed plainly on the CPU, prompt
+by prompt.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
 from clha.training.batches import Segments
+from clha.training.tiles import TileBatch, may_see, tile_batches
 
 NAME = "clha_shared_prompt"
 
-# Queries of a tile. Measured on SmolLM2's shapes: 64 is faster than 128 and 256 for prompts of 60 to 350 tokens.
-_TILE = 64
 # Probabilities are kept for backward up to so many keys per query on average.
 _KEPT_KEYS = 256
 
@@ -61,14 +60,14 @@ def shared_prompt_attention(
         return _flex(module, query, key, value, segments, scale, sliding_window, softcap), None
     if softcap is not None or dropout > 0 or query.is_cuda:
         return _plain(query, key, value, segments, scale, sliding_window, softcap, dropout), None
-    return _Tiles.apply(query, key, value, segments, scale, sliding_window), None
+    return _Tiled.apply(query, key, value, segments, scale, sliding_window), None
 
 
-class _Tiles(torch.autograd.Function):
-    """Attention tile by tile, as batched matrix products; the heads that share keys are one product.
+class _Tiled(torch.autograd.Function):
+    """Attention as batched matrix products over tiles; the query heads that share keys are one product.
 
-    Tiles are stretches of at most `_TILE` queries, so that little of what the mask hides is computed. States are held
-    as [Hk, T, G, d] (G query heads for each of Hk key heads), where a tile is a matrix without copying.
+    States are gathered from [T * Hk, ...] into tiles [B * Hk, ...], which makes each of them a matrix, with G query
+    heads for each of Hk key heads.
     """
 
     @staticmethod
@@ -76,148 +75,82 @@ class _Tiles(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float, window: int | None
     ) -> Tensor:
         heads, length, groups = key.shape[1], segments.length, query.shape[1] // key.shape[1]
-        queries = _by_key_head(query, heads).mul_(scale)
-        keys, values = key[0].contiguous(), value[0].contiguous()
-        out = query.new_zeros(heads, length, groups, value.shape[-1])
-        tiles = _tiles(segments, window)
+        queries, keys, values = (_by_token(states, heads) for states in (query, key, value))
+        batches = tile_batches(segments, window, heads, query.dtype)
+        out = _results(queries, groups * value.shape[-1], segments, heads)
         # Probabilities are kept for backward where they are small beside the other activations.
-        keep = sum((t.end - t.start) * t.width for t in tiles) <= _KEPT_KEYS * length
+        keep = sum(math.prod(batch.size) for batch in batches) <= _KEPT_KEYS * length
         kept = []
-        for tile in tiles:
-            shares = _shares(tile, queries, keys, segments, window)
-            part = _flat(out, tile)
-            torch.bmm(shares[:, :, tile.shared_width :], values[:, tile.first : tile.end], out=part)
-            if tile.shared_width:
-                part.baddbmm_(shares[:, :, : tile.shared_width], values[:, tile.shared[0] : tile.shared[1]])
+        for batch in batches:
+            shares = _shares(batch, queries, keys, scale, query.shape[3])
+            attended = torch.bmm(shares, _tiled(values, batch.keys, len(shares), value.shape[3]))
+            out.index_copy_(0, batch.results, attended.view(-1, out.shape[1]))
             kept += [shares] if keep else []
-        ctx.save_for_backward(queries, key, value, *kept)
-        ctx.settings = (segments, scale, window, tiles)
-        return out.transpose(0, 1).reshape(1, length, heads * groups, value.shape[-1])
+        ctx.save_for_backward(query, key, value, *kept)
+        ctx.settings = (segments, scale, batches)
+        return out[: length * heads].view(1, length, heads * groups, value.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        queries, key, value, *kept = ctx.saved_tensors
-        keys, values = key[0].contiguous(), value[0].contiguous()
-        segments, scale, window, tiles = ctx.settings
-        heads, length, groups, _ = queries.shape
-        grad = _by_key_head(grads[0].transpose(1, 2), heads)
-        dq, dk, dv = torch.zeros_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
-        for i, tile in enumerate(tiles):
-            shares = kept[i] if kept else _shares(tile, queries, keys, segments, window)
-            grad_out, query, grad_query = _flat(grad, tile), _flat(queries, tile), _flat(dq, tile)
-            slope = _products(grad_out, values, tile)
+        query, key, value, *kept = ctx.saved_tensors
+        segments, scale, batches = ctx.settings
+        heads, length, (width, value_width) = key.shape[1], segments.length, (query.shape[3], value.shape[3])
+        queries, keys, values = (_by_token(states, heads) for states in (query, key, value))
+        grad = _by_token(grads[0].transpose(1, 2), heads)
+        dq, dk, dv = _results(grad, queries.shape[1], segments, heads), torch.zeros_like(keys), torch.zeros_like(values)
+        for i, batch in enumerate(batches):
+            shares = kept[i] if kept else _shares(batch, queries, keys, scale, width)
+            matrices = len(shares)
+            slope_out = grad.index_select(0, batch.queries)
+            if batch.filled is not None:
+                slope_out.index_fill_(0, batch.filled, 0.0)
+            slope_out = slope_out.view(matrices, -1, value_width)
+            dv.index_add_(0, batch.keys, torch.bmm(shares.transpose(1, 2), slope_out).view(-1, value_width))
+            slope = torch.bmm(slope_out, _tiled(values, batch.keys, matrices, value_width).transpose(1, 2))
             slope = torch._softmax_backward_data(slope, shares, -1, shares.dtype)
-            spans = [(tile.first, tile.end, tile.shared_width, tile.width)]
-            if tile.shared_width:
-                spans.append((*tile.shared, 0, tile.shared_width))
-            for start, end, low, high in spans:
-                dv[:, start:end].baddbmm_(shares[:, :, low:high].transpose(1, 2), grad_out)
-                dk[:, start:end].baddbmm_(slope[:, :, low:high].transpose(1, 2), query)
-                grad_query.baddbmm_(slope[:, :, low:high], keys[:, start:end])
-        dq = dq.mul_(scale).transpose(0, 1).reshape(1, length, heads * groups, -1).transpose(1, 2)
-        return dq, dk[None], dv[None], None, None, None
+            asked = _tiled(queries, batch.queries, matrices, width)
+            dk.index_add_(0, batch.keys, torch.bmm(slope.transpose(1, 2), asked).view(-1, width))
+            part = torch.bmm(slope, _tiled(keys, batch.keys, matrices, width))
+            dq.index_copy_(0, batch.results, part.view(-1, dq.shape[1]))
+        dq, dk = dq[: length * heads].mul_(scale), dk.mul_(scale)
+        made = (states.view(1, length, -1, query.shape[3]).transpose(1, 2) for states in (dq, dk))
+        return *made, dv.view(1, length, heads, -1).transpose(1, 2), None, None, None
 
 
-class _Tile(NamedTuple):
-    """Queries start..end see the keys of `shared` (part of their prompt) and first..end, causally at its end."""
-
-    start: int
-    end: int
-    first: int
-    shared: tuple[int, int]  # (0, 0): nothing
-
-    @property
-    def shared_width(self) -> int:
-        return self.shared[1] - self.shared[0]
-
-    @property
-    def width(self) -> int:
-        return self.shared_width + self.end - self.first
+def _by_token(states: Tensor, key_heads: int) -> Tensor:
+    """[1, H, T, d] -> [T * Hk, G * d], mostly without copying."""
+    _, heads, length, width = states.shape
+    return states[0].transpose(0, 1).reshape(length * key_heads, heads // key_heads * width)
 
 
-def _tiles(segments: Segments, window: int | None) -> list[_Tile]:
-    """All tiles of a row; keys that the window hides from every query of a tile are left out."""
-    name = ("tiles", window)
-    if name in segments.cache:
-        return segments.cache[name]  # type: ignore[return-value]
-    tiles = []
-    reach = segments.length if window is None else window - 1
-    for start, end, responses in segments.groups:
-        for a in range(start, end, _TILE):
-            tiles.append(_Tile(a, min(end, a + _TILE), max(start, a - reach), (0, 0)))
-        for first, last in responses:
-            for a in range(first, last, _TILE):
-                behind = a - first  # tokens of the response before this tile
-                shared = (max(start, end + behind - reach), end)
-                tiles.append(
-                    _Tile(a, min(last, a + _TILE), max(first, a - reach), shared if shared[0] < end else (0, 0))
-                )
-    segments.cache[name] = tiles
-    return tiles
+def _tiled(states: Tensor, rows: Tensor, matrices: int, width: int) -> Tensor:
+    """Rows of [T * Hk, ...] as [matrices, rows of each, width]."""
+    return states.index_select(0, rows).view(matrices, -1, width)
 
 
-def _shares(tile: _Tile, queries: Tensor, keys: Tensor, segments: Segments, window: int | None) -> Tensor:
-    """Attention probabilities of a tile, [Hk, L * G, keys]: the shared ones first, then its own."""
-    scores = _products(_flat(queries, tile), keys, tile)
-    size = tile.end - tile.start
-    by_query = scores.view(scores.shape[0], size, -1, tile.width)
-    if window is None:
-        by_query[..., tile.width - size :] += _causal(size, segments, scores)
-    else:
-        by_query += _windowed(tile, window, segments, scores)
+def _results(like: Tensor, width: int, segments: Segments, key_heads: int) -> Tensor:
+    """[(T + 1) * Hk, width] to be written tile by tile. Tokens of no prompt are 0; behind them is room to fill."""
+    out = like.new_empty((segments.length + 1) * key_heads, width)
+    last = max((responses[-1][1] if responses else end for _, end, responses in segments.groups), default=0)
+    out[last * key_heads :] = 0
+    return out
+
+
+def _shares(batch: TileBatch, queries: Tensor, keys: Tensor, scale: float, width: int) -> Tensor:
+    """Attention probabilities [B * Hk, L * G, W]."""
+    tiles, rows, seen = batch.size
+    matrices = batch.keys.shape[0] // seen
+    asked = _tiled(queries, batch.queries, matrices, width).mul_(scale)
+    scores = torch.bmm(asked, _tiled(keys, batch.keys, matrices, width).transpose(1, 2))
+    scores.view(tiles, -1, rows, scores.shape[1] // rows, seen).add_(batch.mask)
+    if scores.dtype in (torch.float32, torch.float64):
+        return torch.softmax(scores, dim=-1, out=scores)
     return _softmax(scores)
 
 
 def _softmax(scores: Tensor) -> Tensor:
     """Over the last dimension, in float32 at least."""
     return torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
-
-
-def _products(rows: Tensor, states: Tensor, tile: _Tile) -> Tensor:
-    """rows [Hk, L * G, d] times the states that the tile sees: [Hk, L * G, keys]."""
-    own = states[:, tile.first : tile.end].transpose(1, 2)
-    if not tile.shared_width:
-        return torch.bmm(rows, own)
-    out = rows.new_empty(rows.shape[0], rows.shape[1], tile.width)
-    torch.bmm(rows, states[:, tile.shared[0] : tile.shared[1]].transpose(1, 2), out=out[:, :, : tile.shared_width])
-    torch.bmm(rows, own, out=out[:, :, tile.shared_width :])
-    return out
-
-
-def _causal(size: int, segments: Segments, like: Tensor) -> Tensor:
-    """[L, 1, L], -inf where the key comes after the query."""
-    name = ("causal", size, like.dtype)
-    if name not in segments.cache:
-        later = torch.ones(size, size, dtype=torch.bool).triu(1)
-        segments.cache[name] = torch.zeros(size, size, dtype=like.dtype).masked_fill_(later, -math.inf)[:, None]
-    return segments.cache[name]  # type: ignore[return-value]
-
-
-def _windowed(tile: _Tile, window: int, segments: Segments, like: Tensor) -> Tensor:
-    """[L, 1, keys], -inf where the key comes after the query or is out of its window."""
-    name = ("windowed", tile, window, like.dtype)
-    if name not in segments.cache:
-        _, _, position = segments.token_maps()
-        own = torch.arange(tile.first, tile.end)
-        seen = position[torch.cat([torch.arange(*tile.shared), own])]
-        gap = position[tile.start : tile.end][:, None] - seen[None, :]
-        hidden = (gap < 0) | (gap >= window)
-        mask = torch.zeros(hidden.shape, dtype=like.dtype).masked_fill_(hidden, -math.inf)
-        segments.cache[name] = mask[:, None]
-    return segments.cache[name]  # type: ignore[return-value]
-
-
-def _by_key_head(states: Tensor, key_heads: int) -> Tensor:
-    """[1, H, T, d] -> a new [Hk, T, G, d]."""
-    _, heads, length, width = states.shape
-    grouped = states[0].transpose(0, 1).view(length, key_heads, heads // key_heads, width)
-    return grouped.transpose(0, 1).clone(memory_format=torch.contiguous_format)
-
-
-def _flat(states: Tensor, tile: _Tile) -> Tensor:
-    """The tile's part of [Hk, T, G, d] as a view [Hk, L * G, d]."""
-    part = states[:, tile.start : tile.end]
-    return part.view(part.shape[0], -1, part.shape[-1])
 
 
 def _repeat(states: Tensor, repeats: int) -> Tensor:
@@ -260,14 +193,8 @@ def _visible(segments: Segments, window: int | None, device: torch.device) -> Te
         group, branch, position = segments.token_maps(device)
         at = torch.arange(segments.length, device=device)
         q, k = at[:, None], at[None, :]
-        segments.cache[name] = _may_see(group, branch, position, window, q, k)
+        segments.cache[name] = may_see(group, branch, position, window, q, k)
     return segments.cache[name]  # type: ignore[return-value]
-
-
-def _may_see(group: Tensor, branch: Tensor, position: Tensor, window: int | None, q: Tensor, k: Tensor) -> Tensor:
-    """The rule: the own prompt and the own response, nothing later, nothing out of the window."""
-    seen = (group[q] == group[k]) & (group[q] >= 0) & ((branch[k] == 0) | (branch[k] == branch[q])) & (q >= k)
-    return seen if window is None else seen & (position[q] - position[k] < window)
 
 
 def _flex(
@@ -297,7 +224,7 @@ def block_mask(segments: Segments, window: int | None, device: torch.device | st
 
     group, branch, position = segments.token_maps(device)
 
-    def may_see(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return _may_see(group, branch, position, window, q, k) | (q == k)
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return may_see(group, branch, position, window, q, k) | (q == k)
 
-    return create_block_mask(may_see, None, None, segments.length, segments.length, device=str(device))
+    return create_block_mask(visible, None, None, segments.length, segments.length, device=str(device))

@@ -224,19 +224,20 @@ def test_everybody_else_still_gets_the_models_own_forward_and_attention():
 
 @pytest.mark.parametrize("window", [None, 5, 64, 70])
 def test_long_prompts_and_responses_are_cut_into_tiles_that_change_nothing(window: int | None):
-    """Prompt 150 and responses 140, 1 and 70 with tiles of 64, in float64, against attention written out."""
+    """Prompts of 150 and 39 with responses of 140, 1, 70 and 31, 0, 39, in float64, against attention written out."""
     from clha.training.batches import Segments
 
-    segments = Segments(370, [(0, 150, [(150, 290), (290, 291), (291, 361)])])
+    first = (0, 150, [(150, 290), (290, 291), (291, 361)])
+    segments = Segments(480, [first, (361, 400, [(400, 431), (431, 431), (431, 470)])])
     torch.manual_seed(0)
-    states = [torch.randn(1, heads, 370, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
-    upstream = torch.randn(1, 361, 4, 8, dtype=torch.float64)
+    states = [torch.randn(1, heads, 480, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
+    upstream = torch.randn(1, 470, 4, 8, dtype=torch.float64)
     results = []
     for function in (
-        lambda *x: attention._Tiles.apply(*x, segments, 0.3, window),
+        lambda *x: attention._Tiled.apply(*x, segments, 0.3, window),
         lambda *x: attention._plain(*x, segments, 0.3, window, None, 0.0),
     ):
-        out = function(*states)[:, :361]
+        out = function(*states)[:, :470]
         results.append([out, *torch.autograd.grad(out, states, upstream)])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0)
@@ -330,7 +331,7 @@ def test_flex_attention_and_its_gradients_equal_attention_written_out(window: in
         lambda *x: attention._flex(module, *x, segments, 0.3, window, softcap),
         lambda *x: attention._plain(*x, segments, 0.3, window, softcap, 0.0),
     ):
-        out = function(*states)[:, :361]
+        out = function(*states)[:, :470]
         results.append([out, *torch.autograd.grad(out, states, upstream)])
     for ours, theirs in zip(*results, strict=True):
         assert float((ours - theirs).norm() / theirs.norm()) < 1e-2
