@@ -129,7 +129,11 @@ class MicroBatch:
 
 
 def pack(prompts: Sequence[RankedPrompt], multiple_of: int = 1, pad_token_id: int = 0) -> MicroBatch:
-    """Lay out prompts in one row, each followed by its responses; the row is padded to `multiple_of` tokens."""
+    """Lay out prompts in one row, each followed by its responses; the row is padded to `multiple_of` tokens.
+
+    Raises ValueError where a prompt or a response is empty.
+    """
+    _require_tokens(prompts)
     n = max(len(p) for p in prompts)
     length = sum(p.packed_tokens for p in prompts)
     padded = -(-length // multiple_of) * multiple_of
@@ -157,7 +161,11 @@ def pack(prompts: Sequence[RankedPrompt], multiple_of: int = 1, pad_token_id: in
 
 
 def pad(prompts: Sequence[RankedPrompt], pad_token_id: int = 0) -> MicroBatch:
-    """Lay out each prompt with each response in a row of its own, padded on the right."""
+    """Lay out each prompt with each response in a row of its own, padded on the right.
+
+    Raises ValueError where a prompt or a response is empty.
+    """
+    _require_tokens(prompts)
     n = max(len(p) for p in prompts)
     width = max(p.longest for p in prompts)
     rows = sum(len(p) for p in prompts)
@@ -173,6 +181,12 @@ def pad(prompts: Sequence[RankedPrompt], pad_token_id: int = 0) -> MicroBatch:
             row += 1
     positions = np.broadcast_to(np.arange(width), (rows, width)).copy()
     return _micro_batch(prompts, n, ids, positions, torch.from_numpy(mask), None, targets)
+
+
+def _require_tokens(prompts: Sequence[RankedPrompt]) -> None:
+    for prompt in prompts:
+        if not len(prompt.prompt) or not all(len(response) for response in prompt.responses):
+            raise ValueError(f"prompt {prompt.prompt_id}: the prompt or a response is empty")
 
 
 def split_by_tokens(prompts: Sequence[RankedPrompt], budget: int, packed: bool = True) -> list[list[RankedPrompt]]:
