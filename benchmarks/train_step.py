@@ -90,46 +90,57 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def work_of(args: argparse.Namespace, model: Any, prompts: list[Any]) -> dict[str, float]:
-    """What a step has to compute, whichever way it goes: {"tokens", "flops"}."""
+    """What a step has to compute, whichever way it goes: {"tokens", "positions" that predict something, "flops"}."""
     import torch
 
     from clha.training.batches import Layout
     from clha.training.flops import training_flops
 
     batches = Layout(True, torch.device("cpu")).micro_batches(prompts, args.budget)
-    return {"tokens": sum(b.tokens for b in batches), "flops": sum(training_flops(model, b) for b in batches)}
+    return {
+        "tokens": sum(b.tokens for b in batches),
+        "positions": sum(len(b.predict_at) for b in batches),
+        "flops": sum(training_flops(model, b) for b in batches),
+    }
 
 
 def ours(args: argparse.Namespace) -> tuple[Callable[[], float], dict[str, float]]:
-    """Our step."""
-    from clha.training.memory import keep_freed_memory
+    """Our trainer's own step, with its checks and metrics."""
+    import tempfile
 
-    keep_freed_memory()
     import torch
 
-    from clha.training import policy
-    from clha.training.batches import Layout
-    from clha.training.logprobs import sum_by_response
-    from clha.training.objectives import count, objective
+    from clha.training.arguments import ClhaConfig
+    from clha.training.memory import keep_freed_memory
+    from clha.training.trainer import ClhaTrainer
 
+    keep_freed_memory()
     model, tokenizer = load(args)
-    policy.attach(model)
     prompts = ranked_prompts(args, tokenizer)
-    layout, over = Layout(True, torch.device("cpu")), count(prompts, args.n)
-    settings = {"margin": 3.0, "sft_weight": 0.05, "sft_by": "sum", "beta": 0.1, "label_smoothing": 0.0}
+    settings = ClhaConfig(
+        output_dir=tempfile.mkdtemp(),
+        tokens_per_micro_batch=args.budget,
+        use_cpu=True,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    trainer = ClhaTrainer(model, settings, train_dataset=RankedPrompts(prompts, args.n), processing_class=tokenizer)
     work = work_of(args, model, prompts)
 
-    def step() -> float:
-        total = 0.0
-        for batch in layout.micro_batches(prompts, args.budget):
-            logps = policy.response_logps(model, batch)
-            sums = sum_by_response(logps, batch.target_cell, *batch.candidate_mask.shape)
-            loss = objective(sums, batch, over, loss="clha", **settings)["total"]
-            loss.backward()
-            total += float(loss.detach())
-        return total
+    def backward() -> float:
+        (batch,), over = trainer.get_batch_samples(iter([prompts]), 1, torch.device("cpu"))
+        return float(trainer.training_step(model, batch, over))
 
-    return with_optimizer(model, step), work
+    return with_optimizer(model, backward), work
+
+
+class RankedPrompts(list[Any]):
+    """Ranked prompts as a dataset."""
+
+    def __init__(self, prompts: list[Any], n: int) -> None:
+        super().__init__(prompts)
+        self.max_candidates = n
 
 
 def reference(args: argparse.Namespace) -> tuple[Callable[[], float], dict[str, float]]:
@@ -243,10 +254,11 @@ def trl(args: argparse.Namespace, kind: str) -> tuple[Callable[[], float], dict[
 # -- measuring ---------------------------------------------------------------------------------------------------
 
 
-def peak_of_own_shapes(args: argparse.Namespace, tokens: int) -> float:
+def peak_of_own_shapes(args: argparse.Namespace, tokens: int, positions: int) -> float:
     """Operations per second of the model's own matrix products, best times, weighted by how much each is used.
 
-    For each weight matrix: forward, gradient of the input, gradient of the weight, with `tokens` rows.
+    For each weight matrix: forward, gradient of the input, gradient of the weight, with `tokens` rows; for the output
+    embedding with `positions` rows.
     """
     import torch
 
@@ -254,19 +266,21 @@ def peak_of_own_shapes(args: argparse.Namespace, tokens: int) -> float:
     hidden, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
     width = config.get("head_dim") or hidden // config["num_attention_heads"]
     queries, keys = config["num_attention_heads"] * width, config["num_key_value_heads"] * width
-    shapes = {(hidden, queries): 1, (queries, hidden): 1, (hidden, keys): 2, (hidden, inner): 2, (inner, hidden): 1}
+    body = {(hidden, queries): 1, (queries, hidden): 1, (hidden, keys): 2, (hidden, inner): 2, (inner, hidden): 1}
+    shapes = [(tokens, inputs, outputs, layers * times) for (inputs, outputs), times in body.items()]
+    shapes.append((positions, hidden, config["vocab_size"], 1))
     work = seconds = 0.0
-    for (inputs, outputs), times in shapes.items():
-        x, w, g = torch.randn(tokens, inputs), torch.randn(outputs, inputs), torch.randn(tokens, outputs)
-        y, dx, dw = torch.empty(tokens, outputs), torch.empty(tokens, inputs), torch.empty(outputs, inputs)
+    for rows, inputs, outputs, times in shapes:
+        x, w, g = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(rows, outputs)
+        y, dx, dw = torch.empty(rows, outputs), torch.empty(rows, inputs), torch.empty(outputs, inputs)
         for product in (
             lambda y=y, x=x, w=w: torch.mm(x, w.t(), out=y),
             lambda dx=dx, g=g, w=w: torch.mm(g, w, out=dx),
             lambda dw=dw, g=g, x=x: torch.mm(g.t(), x, out=dw),
         ):
             best = min(_seconds(product, args.cpu_time) for _ in range(4))
-            work += times * layers * 2.0 * tokens * inputs * outputs
-            seconds += times * layers * best
+            work += times * 2.0 * rows * inputs * outputs
+            seconds += times * best
     return work / seconds
 
 
@@ -284,7 +298,9 @@ def serve(args: argparse.Namespace) -> None:
     print(json.dumps(work), flush=True)
     for command in sys.stdin:
         if command.strip() == "peak":
-            answer = {"peak": peak_of_own_shapes(args, min(int(work["tokens"]), 2048))}
+            share = min(1.0, args.budget / work["tokens"])  # of a micro-batch in the step
+            rows = (max(1, int(work[name] * share)) for name in ("tokens", "positions"))
+            answer = {"peak": peak_of_own_shapes(args, *rows)}
         else:
             gc.collect()
             clock = time.process_time if args.cpu_time else time.perf_counter
@@ -336,7 +352,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--repeat", type=int, default=1, help="take the prompts so many times in one step")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--budget", type=int, default=4096, help="tokens per micro-batch of ours")
+    parser.add_argument("--budget", type=int, default=1024, help="tokens per micro-batch of ours")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
