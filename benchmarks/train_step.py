@@ -292,21 +292,30 @@ def _seconds(work: Callable[[], Any], cpu_time: bool) -> float:
 
 
 def serve(args: argparse.Namespace) -> None:
-    """A way in a process of its own: one step for each line on stdin, answered with a line of JSON."""
+    """A way in a process of its own: one step for each line on stdin, answered with a line of JSON.
+
+    The way "peak" answers the work of a step with the peak of its shapes: beside the ways, whose memory is measured.
+    """
+    if args.way == "peak":
+        import torch
+
+        torch.set_num_threads(args.threads)
+        print("{}", flush=True)
+        for line in sys.stdin:
+            work = json.loads(line)
+            share = min(1.0, args.budget / work["tokens"])  # of a micro-batch in the step
+            rows = (max(1, int(work[name] * share)) for name in ("tokens", "positions"))
+            print(json.dumps({"peak": peak_of_own_shapes(args, *rows)}), flush=True)
+        return
     made = {"ours": ours, "reference": reference}.get(args.way)
     step, work = made(args) if made else trl(args, args.way.removeprefix("trl-"))
     print(json.dumps(work), flush=True)
-    for command in sys.stdin:
-        if command.strip() == "peak":
-            share = min(1.0, args.budget / work["tokens"])  # of a micro-batch in the step
-            rows = (max(1, int(work[name] * share)) for name in ("tokens", "positions"))
-            answer = {"peak": peak_of_own_shapes(args, *rows)}
-        else:
-            gc.collect()
-            clock = time.process_time if args.cpu_time else time.perf_counter
-            start = clock()
-            loss = step()
-            answer = {"seconds": clock() - start, "loss": loss}
+    for _ in sys.stdin:
+        gc.collect()
+        clock = time.process_time if args.cpu_time else time.perf_counter
+        start = clock()
+        loss = step()
+        answer = {"seconds": clock() - start, "loss": loss}
         answer["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         print(json.dumps(answer), flush=True)
 
@@ -358,7 +367,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cpu-time", action="store_true", help="processor time instead of wall time: for busy machines"
     )
-    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--way", choices=(*WAYS, "peak"), help=argparse.SUPPRESS)
     return parser
 
 
@@ -375,7 +384,7 @@ def main() -> None:
         parser.error(f"--ways {unknown[0]}: there are {', '.join(WAYS)}")
     if args.n != 2 and any(way.startswith("trl") for way in ways):
         parser.error("TRL's ways take pairs: give --n 2")
-    served = {way: Served(way) for way in ways}
+    served, machine = {way: Served(way) for way in ways}, Served("peak")
     for way in served.values():
         way.ask("step")  # the first one allocates
     base = "ours" if "ours" in served else ways[0]
@@ -384,8 +393,8 @@ def main() -> None:
     for _ in range(args.rounds):
         for name, way in served.items():
             answers[name].append(way.ask("step"))
-        peaks.append(served[base].ask("peak")["peak"])
-    for way in served.values():
+        peaks.append(machine.ask(json.dumps(served[base].work))["peak"])
+    for way in (*served.values(), machine):
         way.close()
     report(args, answers, peaks, served[base].work, base)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from clha.training import attention, elementwise
+from clha.training import attention
 from clha.training.batches import MicroBatch, RankedPrompt, pack, pad
 from clha.training.logprobs import LOGITS_BYTES, token_logprobs
 
@@ -42,7 +42,6 @@ def attach(model: PreTrainedModel, share_prompts: bool = True, logits_bytes: int
     detach(model)
     causal._clha_original = (causal.forward, causal.config._attn_implementation)
     own_attention = causal.config._attn_implementation
-    elementwise.fuse(causal)
     reference_attention = "eager" if _softcaps(causal) else own_attention
     abilities = _find_out(causal, share_prompts, reference_attention)
     causal.set_attn_implementation(attention.NAME if abilities.shares_prompts else reference_attention)
@@ -56,7 +55,6 @@ def detach(model: PreTrainedModel) -> None:
     original = causal.__dict__.pop("_clha_original", None)
     if original is not None:
         del causal.__dict__["forward"]
-        elementwise.unfuse(causal)
         causal.set_attn_implementation(original[1])
 
 
