@@ -266,8 +266,8 @@ def peak_of_own_shapes(args: argparse.Namespace, tokens: int, positions: int) ->
     hidden, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
     width = config.get("head_dim") or hidden // config["num_attention_heads"]
     queries, keys = config["num_attention_heads"] * width, config["num_key_value_heads"] * width
-    body = {(hidden, queries): 1, (queries, hidden): 1, (hidden, keys): 2, (hidden, inner): 2, (inner, hidden): 1}
-    shapes = [(tokens, inputs, outputs, layers * times) for (inputs, outputs), times in body.items()]
+    body = [(hidden, queries, 1), (queries, hidden, 1), (hidden, keys, 2), (hidden, inner, 2), (inner, hidden, 1)]
+    shapes = [(tokens, inputs, outputs, layers * times) for inputs, outputs, times in body]
     shapes.append((positions, hidden, config["vocab_size"], 1))
     work = seconds = 0.0
     for rows, inputs, outputs, times in shapes:

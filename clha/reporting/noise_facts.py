@@ -137,7 +137,7 @@ def noise_lines(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("candidates", f"{number(facts['candidates'], 0)} of {number(facts['prompts'], 0)} prompts"),
     ]
     if facts["share"] is None:
-        lines.append(("pairs", "none: no prompt has two candidates"))
+        lines.append(("pairs", "none: no prompt has two candidates that can count as a pair"))
     else:
         lines += _pair_lines(facts)
     off = f"; {facts['prompts_without_pairs']} prompts have no pair left" if facts["prompts_without_pairs"] else ""
@@ -146,6 +146,7 @@ def noise_lines(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         low, high = facts["flip_rate"]["interval"]
         used = facts["flip_rate"].get("used")
         note = f"; used: {percent(used, 1)}" if used is not None else ""
+        note += "; factor at its limit" if facts["flip_rate"].get("factor_at_limit") else ""
         lines.append(
             ("flipped labels", f"{percent(facts['flip_rate']['estimate'], 1)} [{percent(low)}, {percent(high)}]{note}")
         )

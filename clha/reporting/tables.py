@@ -131,8 +131,6 @@ def _said(ordering: Ordering, members: Floats, labels: Ints) -> tuple[Floats, ND
 def _labels(origins: pa.ChunkedArray) -> Floats:
     """1 for chosen, -1 for rejected responses of the data, 0 for others."""
     origin = origins.combine_chunks().dictionary_encode()
-    if isinstance(origin, pa.ChunkedArray):  # a column without rows
-        return np.empty(0)
     known = np.array([LABEL_OF_ORIGIN.get(v, 0) for v in origin.dictionary.to_pylist()], dtype=np.float64)
     return known[origin.indices.to_numpy()]
 

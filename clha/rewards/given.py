@@ -47,7 +47,7 @@ class GivenWeights:
                 f"{where}: column `{column}` has a weight that is negative or not finite ({weights[bad]:g}, for "
                 f"{_named(rows, bad)}); give 0 to a pair that does not count"
             )
-        sides = {name: rows[name].cast(pa.int64()).to_numpy() for name in ("better", "worse")}
+        sides = {name: rows[name].cast(pa.int64(), safe=False).to_numpy() for name in ("better", "worse")}
         same = sides["better"] == sides["worse"]
         if same.any():
             bad = int(np.flatnonzero(same)[0])

@@ -12,6 +12,8 @@ from clha.errors import StageFailure, TransientFailure, UserError
 from clha.generation.server import Served
 
 _TIMEOUT_SECONDS = 600
+# Who it is, a server says at once: planning waits for it.
+_IDENTITY_SECONDS = 10
 
 
 def root_of(url: str) -> str:
@@ -19,7 +21,7 @@ def root_of(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1")
 
 
-def ask(url: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+def ask(url: str, path: str, body: dict[str, Any] | None = None, timeout: float = _TIMEOUT_SECONDS) -> dict[str, Any]:
     """The JSON answer of the server at `url` to a request.
 
     Raises UserError when the server refuses it, StageFailure when the answer is no JSON object, TransientFailure when
@@ -35,7 +37,7 @@ def ask(url: str, path: str, body: dict[str, Any] | None = None) -> dict[str, An
     except ValueError as error:
         raise UserError(f"reward model: url {url} is no address ({error})") from None
     try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as response:
+        with urllib.request.urlopen(request, timeout=timeout) as response:
             answer = json.loads(response.read())
     except urllib.error.HTTPError as error:
         reason = f"{where}: answers {error.code}: {error.read(300).decode(errors='replace')}"
@@ -55,17 +57,17 @@ def ask(url: str, path: str, body: dict[str, Any] | None = None) -> dict[str, An
 def served(url: str) -> Served:
     """Ask the server at `url` which model it serves. Raises UserError when it serves none or does not answer."""
     try:
-        models = ask(url, "/v1/models")
-    except TransientFailure as failure:
+        models = ask(url, "/v1/models", timeout=_IDENTITY_SECONDS)
+    except StageFailure as failure:
         raise UserError(f"{failure}; start the server, or set the reward model's url") from None
     try:
-        version = str(ask(url, "/version")["version"])
-    except (UserError, StageFailure, TransientFailure, KeyError):
+        version = str(ask(url, "/version", timeout=_IDENTITY_SECONDS)["version"])
+    except (UserError, StageFailure, KeyError):
         version = "unknown"
     try:
         first = models["data"][0]
         return Served(str(first["id"]), str(first.get("root") or first["id"]), first.get("max_model_len"), version)
-    except (KeyError, IndexError, TypeError):
+    except (AttributeError, KeyError, IndexError, TypeError):
         raise UserError(f"{url}: serves no model; start it with the reward model") from None
 
 

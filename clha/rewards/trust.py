@@ -121,6 +121,7 @@ def label_trust(table: RewardTable, settings: Noise) -> LabelTrust:
         "interval": [fitted.low, fitted.high],
         "used": used,
         "pairs": len(margins),
+        "factor_at_limit": fitted.at_limit,
     }
     if by_labels:
         facts["calibration"] = label_calibration(margins, factors, used)

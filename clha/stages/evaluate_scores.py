@@ -10,6 +10,7 @@ import pyarrow as pa
 from clha.digests import digest_of
 from clha.errors import StageFailure, UserError
 from clha.evaluation.comparison import Sampling, Scored, compare
+from clha.models import resolve_model
 from clha.rewards.adapters import load_scorer, model_folders, scoring_device
 from clha.rewards.scoring import report_to
 from clha.rewards.texts import RewardInput, without_oldest_turns
@@ -65,7 +66,7 @@ def build_scores(work: "Work") -> Artifact:
             _check_varied(work, role, inputs, [r for r, _, _ in scored.values()])
         for row, label in zip(rows, labels, strict=True):
             row[column], truncated, problem = scored[label]
-            row["truncated"] = row["truncated"] or truncated
+            row["truncated"] = row["truncated"] or truncated or label[1] > 0
             row["problem"] = row["problem"] or problem
 
     kept, quarantined, silent = _reconcile(ids, rows, answers)
@@ -99,14 +100,18 @@ def _scored_row(prompt: Row, answer: Row, policy: str) -> Row:
     }
 
 
-def _models(work: "Work", user: str) -> list[tuple[str, Any]]:
-    """Type and digest of each model of `rescore.reward` or `evaluate.reward`; fitted ones have pairs of their own."""
+def _models(work: "Work", user: str) -> list[str]:
+    """Digest of the folder of each model of `rescore.reward` or `evaluate.reward`, whatever type it is loaded by."""
     reward: RewardModel = getattr(work.settings, user).reward
-    roles = [f"{user}.reward.{i}" for i in range(len(reward.members))] or [f"{user}.reward"]
-    kinds = [m.type for m in reward.members] or [reward.type]
     fitted = "fit_reward.eval" if user == "evaluate" else "fit_reward.train"
-    models, inputs = work.parts["models"], work.parts["inputs"]
-    return [(k, inputs[fitted] if k == "fitted" else models[r]) for k, r in zip(kinds, roles, strict=True)]
+    digests = []
+    for role, part in reward.parts(f"{user}.reward").items():
+        if part.type == "fitted":
+            folder = work.inputs[fitted].folder / "reward_model"
+            digests.append(resolve_model(str(folder), work.home).digest)
+        else:
+            digests.append(work.parts["models"][role])
+    return digests
 
 
 def _score(work: "Work", role: str, inputs: list[RewardInput], labels: Sequence[Any]) -> list[tuple[float, bool, str]]:

@@ -1,8 +1,8 @@
 """Attention over packed rows in which the responses of a prompt share it: each sees its prompt and itself only.
 
 On the CPU the row is computed in tiles of queries over the keys that they may see (`clha.training.tiles`). On CUDA it
-is one FlexAttention call with a block mask. Scores with a soft cap or dropout are computed plainly on the CPU, prompt
-by prompt.
+is one FlexAttention call with a block mask. Dropout, and on the CPU scores with a soft cap, are computed plainly,
+prompt by prompt.
 """
 
 import math
@@ -58,7 +58,7 @@ def shared_prompt_attention(
     segments.cache.setdefault("windows", set()).add(sliding_window)  # type: ignore[attr-defined]
     if query.is_cuda and dropout == 0.0:
         return _flex(module, query, key, value, segments, scale, sliding_window, softcap), None
-    if softcap is not None or dropout > 0 or query.is_cuda:
+    if softcap is not None or dropout > 0:
         return _plain(query, key, value, segments, scale, sliding_window, softcap, dropout), None
     return _Tiled.apply(query, key, value, segments, scale, sliding_window), None
 

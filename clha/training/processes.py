@@ -26,7 +26,10 @@ class ProcessesTrainer(Trainer):
             state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
             self.is_fsdp_enabled = True
         if self.args.fsdp and not self.is_fsdp_enabled:
-            raise UserError("fsdp: accelerate does not shard weights over these devices; train without fsdp")
+            raise UserError(
+                "fsdp: there is one process, or accelerate does not shard over these devices; "
+                "start several with torchrun, or train without fsdp"
+            )
         if self.is_fsdp_enabled and self.args.bf16:
             # accelerate's policy would add gradients up in bfloat16, and round log-probabilities to it: sums of
             # hundreds of nats, of which eight bits are kept.

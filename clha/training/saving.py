@@ -42,6 +42,8 @@ class SavingTrainer(ProcessesTrainer):
                     "or give it the path of another trainer's checkpoint"
                 )
             resume_from_checkpoint = str(found)
+        if resume_from_checkpoint:
+            self.args.eval_on_start = False  # done when the run began; once more would count towards an early stop
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

@@ -24,6 +24,8 @@ _QUERIES = 48
 _FILLING = 0.2
 # Numbers of keys are multiples of this: whole vector registers.
 _KEYS_MULTIPLE = 16
+# Probabilities of a batch for each query head, unless one tile has more: memory, which long prompts would need most.
+_LARGEST = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,9 @@ def _alike(tiles: list[_Tile]) -> list[list[_Tile]]:
     batches: list[list[_Tile]] = []
     for tile in sorted(tiles, key=lambda t: len(t.keys)):
         taken = batches[-1] if batches else []
-        wanted = sum(len(t.keys) for t in taken)
-        if taken and len(taken) * _whole(len(tile.keys)) - wanted <= _FILLING * wanted:
+        wanted, width = sum(len(t.keys) for t in taken), _whole(len(tile.keys))
+        fits = (len(taken) + 1) * _QUERIES * width <= _LARGEST
+        if taken and fits and len(taken) * width - wanted <= _FILLING * wanted:
             taken.append(tile)
         else:
             batches.append([tile])

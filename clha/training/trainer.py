@@ -158,7 +158,8 @@ class ClhaTrainer(SavingTrainer):
         self._checked, known = True, batch.generator_logps
         if known is not None or self.args.world_size > 1:  # where weights are sharded, all processes take part
             model.eval()
-            logps = policy.response_logps(model, batch).cpu()
+            with self.compute_loss_context_manager():
+                logps = policy.response_logps(model, batch).cpu()
             known = torch.full_like(logps, torch.nan) if known is None else known.cpu()
             self.notes.append(checks.check_generator_logps(logps, known, self.args.logprob_tolerance))
 

@@ -22,7 +22,7 @@ import pytest
 import torch
 from reward_cases import settings, write_candidates, write_prompts
 
-from clha.errors import StageFailure, UserError
+from clha.errors import UserError
 from clha.process import end_group
 from clha.rewards.adapters import load_scorer
 from clha.rewards.served import served
@@ -226,10 +226,15 @@ def test_a_server_that_is_down_is_said_when_the_run_is_planned(home: Home, rewar
 
 @pytest.mark.parametrize(
     ("answers", "message"),
-    [({"/v1/models": {"data": []}}, "serves no model"), ({"/v1/models": [1]}, "no JSON object"), ({}, "answers 404")],
+    [
+        ({"/v1/models": {"data": []}}, "serves no model"),
+        ({"/v1/models": {"data": ["a"]}}, "serves no model"),
+        ({"/v1/models": [1]}, "no JSON object"),
+        ({}, "answers 404"),
+    ],
 )
 def test_what_is_no_pooling_server_is_a_clear_error(answers: dict[str, Any], message: str) -> None:
-    with answering(answers) as url, pytest.raises((UserError, StageFailure), match=message):
+    with answering(answers) as url, pytest.raises(UserError, match=message):
         served(url)
 
 

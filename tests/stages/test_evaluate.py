@@ -9,6 +9,7 @@ import pytest
 from reward_cases import node_work, preference_rows, prompt_row, settings, write_artifact, write_prompts
 
 from clha.errors import StageFailure, UserError
+from clha.models import resolve_model
 from clha.rewards.head import Head
 from clha.rewards.scoring import Padding
 from clha.schema import ANSWERS
@@ -147,6 +148,18 @@ def test_too_many_lost_prompts_are_an_error(home: Home, tiny_model: Path) -> Non
 def test_no_answers_are_an_error_that_says_what_to_do(home: Home, tiny_model: Path) -> None:
     with pytest.raises(UserError, match="no test prompt was answered"):
         evaluate.build(make_work(home, tiny_model, {}, {}))
+
+
+def test_the_head_that_training_used_is_no_unseen_judge_under_another_name(home: Home, tiny_model: Path) -> None:
+    work = make_work(home, tiny_model, texts("one"), texts("another"))
+    head = work.inputs["fit_reward.train"].folder / "reward_model"
+    given = {"type": "encoder_head", "model": str(head), "encoder": str(tiny_model)}
+    tree = settings(evaluate={"reward": given, "resamples": 100})
+    folders = {"rescore.reward": tiny_model, "evaluate.reward": head, "evaluate.reward.encoder": tiny_model}
+    work = node_work(home, tree, "evaluate", work.inputs, folders)
+    work.parts["models"]["evaluate.reward"] = resolve_model(str(head), home).digest
+    metrics = json.loads((evaluate.build(work).folder / "metrics.json").read_text())
+    assert metrics["judge"]["unseen"] is False
 
 
 def test_an_answer_to_a_prompt_outside_the_test_split_stops_the_stage(home: Home, tiny_model: Path) -> None:

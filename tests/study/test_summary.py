@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import t as student
 
+from clha.errors import UserError
 from clha.study.summary import paired_gain
 
 
@@ -60,3 +61,9 @@ def test_three_seeds_cover_what_another_three_would_show() -> None:
         of_pairs = (arm.astype(float) - base).mean(axis=0)
         pairs_only += abs(of_pairs.mean() - 0.05) <= 1.96 * of_pairs.std() / np.sqrt(200)
     assert 85 <= both <= 99 and pairs_only < 70, (both, pairs_only)
+
+
+def test_pairs_of_one_dialogue_alone_are_a_clear_error():
+    right = np.array([True, False, True])
+    with pytest.raises(UserError, match="all held-out pairs are of one dialogue; raise noise_study.test_pairs"):
+        paired_gain([right], [~right], ["same"] * 3)

@@ -331,7 +331,7 @@ def test_flex_attention_and_its_gradients_equal_attention_written_out(window: in
         lambda *x: attention._flex(module, *x, segments, 0.3, window, softcap),
         lambda *x: attention._plain(*x, segments, 0.3, window, softcap, 0.0),
     ):
-        out = function(*states)[:, :470]
+        out = function(*states)[:, :361]
         results.append([out, *torch.autograd.grad(out, states, upstream)])
     for ours, theirs in zip(*results, strict=True):
         assert float((ours - theirs).norm() / theirs.norm()) < 1e-2

@@ -28,7 +28,7 @@ class KillAt(TrainerCallback):
 
     def on_step_end(self, args, state, control, **_):
         if state.global_step == self.step:
-            suicide()
+            kill_this_process()
 
 
 RESUMABLE = {
@@ -89,16 +89,18 @@ def test_a_run_that_is_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_
 def kill_when_weights_are_written(made: Any, step: int) -> None:
     """SIGKILL after the weights of a checkpoint, before its optimizer."""
     save = made._save_optimizer_and_scheduler
-    made._save_optimizer_and_scheduler = lambda folder: save(folder) if made.state.global_step < step else suicide()
+    made._save_optimizer_and_scheduler = lambda folder: (
+        save(folder) if made.state.global_step < step else kill_this_process()
+    )
 
 
 def kill_before_the_list(made: Any, step: int) -> None:
     """SIGKILL when all files of a checkpoint are there but the list of them."""
     mark = saving.mark_complete
-    saving.mark_complete = lambda folder: mark(folder) if made.state.global_step < step else suicide()
+    saving.mark_complete = lambda folder: mark(folder) if made.state.global_step < step else kill_this_process()
 
 
-def suicide() -> None:
+def kill_this_process() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -118,7 +120,8 @@ def test_a_run_that_was_killed_after_its_last_step_is_over(tmp_path: Path):
     assert longer.state.global_step == 11, "who asks for more steps gets them"
 
 
-def test_a_run_that_was_killed_after_an_early_stop_is_over(tmp_path: Path):
+@pytest.mark.parametrize("on_start", [False, True])
+def test_a_run_that_was_killed_after_an_early_stop_is_over(tmp_path: Path, on_start: bool):
     """Learning nothing, no evaluation is better than the first: two more, and training ends after step 3."""
     settings = {
         "max_steps": 8,
@@ -129,6 +132,7 @@ def test_a_run_that_was_killed_after_an_early_stop_is_over(tmp_path: Path):
         "save_steps": 1,
         "load_best_model_at_end": True,
         "metric_for_best_model": "rewards/accuracies",
+        "eval_on_start": on_start,
     }
 
     def made() -> ClhaTrainer:
@@ -139,7 +143,7 @@ def test_a_run_that_was_killed_after_an_early_stop_is_over(tmp_path: Path):
     whole = made()
     whole.train()
     rows = timeless(metric_rows(whole.state.log_history))
-    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3][not on_start :]
     for step in (2, 3):
         resumed = made()
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
