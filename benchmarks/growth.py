@@ -80,9 +80,10 @@ def main() -> None:
 def argv(args: argparse.Namespace, repeat: int) -> list[str]:
     """The arguments of train_step.py for one size."""
     known = vars(args)
-    pairs = [["--" + name, str(known[name])] for name in ("data", "n", "prompts", "budget", "threads", "seed")]
-    flag = ["--cpu-time"] if known["cpu_time"] else []
-    return [str(known["model"]), *(word for pair in pairs for word in pair), "--repeat", str(repeat), *flag]
+    names = ("data", "n", "prompts", "device", "budget", "lora", "threads", "seed")
+    pairs = [["--" + name, str(known[name])] for name in names]
+    flags = ["--" + name.replace("_", "-") for name in ("checkpointing", "cpu_time") if known[name]]
+    return [str(known["model"]), *(word for pair in pairs for word in pair), "--repeat", str(repeat), *flags]
 
 
 def start(rows: int) -> None:

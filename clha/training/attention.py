@@ -1,8 +1,8 @@
 """Attention over packed rows in which the responses of a prompt share it: each sees its prompt and itself only.
 
 On the CPU the row is computed in tiles of queries over the keys that they may see (`clha.training.tiles`). On CUDA it
-is one FlexAttention call with a block mask. Dropout, and on the CPU scores with a soft cap, are computed plainly,
-prompt by prompt.
+is one FlexAttention call with a block mask (`clha.training.attention_cuda`). Dropout, and on the CPU scores with a soft
+cap, are computed plainly, prompt by prompt.
 """
 
 import math
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
+from clha.training.attention_cuda import flex_attention
 from clha.training.batches import Segments
 from clha.training.tiles import TileBatch, may_see, tile_batches
 
@@ -57,7 +58,7 @@ def shared_prompt_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     segments.cache.setdefault("windows", set()).add(sliding_window)  # type: ignore[attr-defined]
     if query.is_cuda and dropout == 0.0:
-        return _flex(module, query, key, value, segments, scale, sliding_window, softcap), None
+        return flex_attention(query, key, value, segments, scale, sliding_window, softcap), None
     if softcap is not None or dropout > 0:
         return _plain(query, key, value, segments, scale, sliding_window, softcap, dropout), None
     return _Tiled.apply(query, key, value, segments, scale, sliding_window), None
@@ -195,36 +196,3 @@ def _visible(segments: Segments, window: int | None, device: torch.device) -> Te
         q, k = at[:, None], at[None, :]
         segments.cache[name] = may_see(group, branch, position, window, q, k)
     return segments.cache[name]  # type: ignore[return-value]
-
-
-def _flex(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    segments: Segments,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    """FlexAttention with a block mask that all layers with the same window share."""
-    from transformers.integrations.flex_attention import flex_attention_forward
-
-    name = ("block_mask", window)
-    if name not in segments.cache:
-        segments.cache[name] = block_mask(segments, window, query.device)
-    mask: Any = segments.cache[name]
-    attended, _ = flex_attention_forward(module, query, key, value, mask, scaling=scale, softcap=softcap)
-    return attended
-
-
-def block_mask(segments: Segments, window: int | None, device: torch.device | str) -> Any:
-    """FlexAttention's block mask of a packed row. Padding tokens see themselves, so that no row is empty."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    group, branch, position = segments.token_maps(device)
-
-    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return may_see(group, branch, position, window, q, k) | (q == k)
-
-    return create_block_mask(visible, None, None, segments.length, segments.length, device=str(device))

@@ -95,11 +95,11 @@ class Loader:
     def __init__(self, folder: Folders | list[Folders], fitted: Path | None, scratch: Path, **settings: Any) -> None:
         self._folder, self._fitted, self._scratch, self._settings = folder, fitted, scratch, settings
 
-    def __call__(self, budget: int, side: str = "right") -> RewardScorer:
+    def __call__(self, budget: int, side: str = "right", device: str = "cpu") -> RewardScorer:
         settings = RewardModel(**({"tokens_per_batch": budget, "max_tokens": 400} | self._settings))
         folders = [self._padding(f, side) for f in (self._folder if isinstance(self._folder, list) else [self._folder])]
         fitted = self._fitted and self._copy(self._fitted, side)
-        return load_scorer(settings, folders if isinstance(self._folder, list) else folders[0], fitted, "cpu")
+        return load_scorer(settings, folders if isinstance(self._folder, list) else folders[0], fitted, device)
 
     def _padding(self, folder: Folders, side: str) -> Folders:
         if isinstance(folder, HeadFolders):
@@ -198,6 +198,16 @@ def test_rewards_do_not_depend_on_batches_order_neighbours_or_padding_side(
     assert np.abs(part.members - whole.members[some]).max() < 1e-5
     assert (part.truncated == whole.truncated[some]).all()
     assert np.ptp(whole.rewards) > 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", NAMES)
+def test_rewards_on_cuda_are_those_of_the_cpu(loaders: dict[str, Loader], name: str) -> None:
+    items = inputs(24)
+    cpu, cuda = (loaders[name](2000, device=device).score(items) for device in ("cpu", "cuda"))
+    assert np.abs(cuda.members - cpu.members).max() < 1e-3
+    assert (cuda.truncated == cpu.truncated).all()
 
 
 def test_the_other_padding_side_is_what_the_tokenizers_say(classifier: Path, tmp_path: Path) -> None:

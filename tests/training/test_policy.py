@@ -24,8 +24,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from clha.training import attention, policy
-from clha.training.batches import MicroBatch, RankedPrompt, pack, pad
+from clha.training import attention, attention_cuda, policy
+from clha.training.batches import MicroBatch, RankedPrompt, Segments, pack, pad
 from clha.training.logprobs import sum_by_response
 
 SMALL: dict[str, Any] = {
@@ -225,8 +225,6 @@ def test_everybody_else_still_gets_the_models_own_forward_and_attention():
 @pytest.mark.parametrize("window", [None, 5, 64, 70])
 def test_long_prompts_and_responses_are_cut_into_tiles_that_change_nothing(window: int | None):
     """Prompts of 150 and 39 with responses of 140, 1, 70 and 31, 0, 39, in float64, against attention written out."""
-    from clha.training.batches import Segments
-
     first = (0, 150, [(150, 290), (290, 291), (291, 361)])
     segments = Segments(480, [first, (361, 400, [(400, 431), (431, 431), (431, 470)])])
     torch.manual_seed(0)
@@ -250,19 +248,20 @@ def test_probabilities_that_are_too_many_to_keep_are_computed_again(monkeypatch:
     check_against_separate_passes(model, packed=True)
 
 
-def test_the_block_mask_of_flex_attention_is_the_same_rule():
-    from clha.training.attention import _visible, block_mask
+@pytest.mark.parametrize("window", [None, 1, 3, 70, 200])
+def test_the_block_mask_of_flex_attention_is_the_same_rule(window: int | None):
+    """Token by token, and in its blocks: those that PyTorch finds in the whole mask."""
+    from torch.nn.attention.flex_attention import create_block_mask
 
-    batch = pack(Prompts(5).items, multiple_of=128)
-    group, *_ = batch.segments.token_maps()
-    for window in (None, 3):
-        mask = block_mask(batch.segments, window, "cpu")
-        at = torch.arange(batch.segments.length)
+    long = Segments(512, [(0, 150, [(150, 290), (290, 290), (290, 361)]), (361, 400, [])])
+    for segments in (pack(Prompts(5).items, multiple_of=128).segments, long):
+        mask, at = attention_cuda.block_mask(segments, window, "cpu"), torch.arange(segments.length)
+        padding = torch.diag(segments.token_maps()[0] < 0)  # sees itself: softmax over nothing is NaN
         got = mask.mask_mod(None, None, at[:, None], at[None, :])
-        want = _visible(batch.segments, window, torch.device("cpu"))
-        inside = (group >= 0)[:, None]
-        assert torch.equal(got & inside, want & inside)
-        assert bool(got.any(1).all())  # no row without a key: softmax over nothing is NaN
+        assert torch.equal(got, attention._visible(segments, window, torch.device("cpu")) | padding)
+        want = create_block_mask(mask.mask_mod, None, None, segments.length, segments.length, device="cpu")
+        for ours, theirs in zip(mask.as_tuple(flatten=False), want.as_tuple(flatten=False), strict=True):
+            assert not isinstance(ours, torch.Tensor) or (ours.dtype == theirs.dtype and torch.equal(ours, theirs))
 
 
 # -- on a CUDA device --------------------------------------------------------------------------------------------
@@ -314,24 +313,46 @@ def test_gradients_computed_in_bfloat16_are_those_of_float32_within_its_precisio
     assert 0 < gradient < 0.1 and apart < 1.0
 
 
+def states_and_upstream(
+    segments: Segments, dtype: torch.dtype = torch.float32
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Queries of 4 heads, keys and values of 2, and a gradient from above for all but the padding."""
+    torch.manual_seed(0)
+    given = {"device": "cuda", "dtype": dtype}
+    states = [torch.randn(1, heads, segments.length, 16, **given, requires_grad=True) for heads in (4, 2, 2)]
+    used = max(responses[-1][1] for *_, responses in segments.groups)
+    return states, torch.randn(1, used, 4, 16, **given)
+
+
 @pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("window", [None, 5, 70])
 def test_flex_attention_and_its_gradients_equal_attention_written_out(window: int | None, softcap: float | None):
     """Prompt 150 and responses 140, 1 and 70, in a row of 384; what the padding behind them sees counts nowhere."""
-    from clha.training.batches import Segments
-
     segments = Segments(384, [(0, 150, [(150, 290), (290, 291), (291, 361)])])
-    torch.manual_seed(0)
-    states = [torch.randn(1, heads, 384, 16, device="cuda", requires_grad=True) for heads in (4, 2, 2)]
-    upstream = torch.randn(1, 361, 4, 16, device="cuda")
-    module, results = torch.nn.Module(), []
+    (states, upstream), results = states_and_upstream(segments), []
     for function in (
-        lambda *x: attention._flex(module, *x, segments, 0.3, window, softcap),
+        lambda *x: attention_cuda.flex_attention(*x, segments, 0.3, window, softcap),
         lambda *x: attention._plain(*x, segments, 0.3, window, softcap, 0.0),
     ):
         out = function(*states)[:, :361]
         results.append([out, *torch.autograd.grad(out, states, upstream)])
     for ours, theirs in zip(*results, strict=True):
         assert float((ours - theirs).norm() / theirs.norm()) < 1e-2
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_flex_attention_is_compiled_once_for_rows_of_every_length_and_window():
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    for length in (256, 384, 512, 640, 1024, 1152):
+        segments = Segments(length, [(0, 100, [(100, 140), (140, length - 7)])])
+        for window in (None, 5):
+            states, upstream = states_and_upstream(segments, torch.bfloat16)
+            out = attention_cuda.flex_attention(*states, segments, 0.25, window, None)[:, : upstream.shape[1]]
+            torch.autograd.grad(out, states, upstream)
+    assert counters["stats"]["unique_graphs"] == 1
