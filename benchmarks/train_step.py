@@ -31,7 +31,7 @@ from peak import peak_of_own_shapes
 from ways import has_weights, ours, reference, trl
 
 WAYS = ("ours", "reference", "trl-simpo", "trl-dpo")
-BUDGET = {"cpu": 1024, "cuda": 16_384}
+BUDGET = {"cpu": 512, "cuda": 16_384}
 
 
 def serve(args: argparse.Namespace) -> None:

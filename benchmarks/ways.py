@@ -94,11 +94,14 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def work_of(args: argparse.Namespace, model: Any, prompts: list[Any]) -> dict[str, float]:
-    """What a step has to compute, whichever way it goes: {"tokens", "positions" that predict something, "flops"}."""
+    """What a step has to compute, whichever way it goes.
+
+    {"tokens", "positions" that predict something, "flops", "attention" (its part of the flops)}
+    """
     import torch
 
     from clha.training.batches import Layout
-    from clha.training.flops import training_flops
+    from clha.training.flops import attention_flops, training_flops
     from clha.training.policy import causal_model
 
     batches = Layout(True, torch.device("cpu")).micro_batches(prompts, args.budget)
@@ -106,6 +109,7 @@ def work_of(args: argparse.Namespace, model: Any, prompts: list[Any]) -> dict[st
         "tokens": sum(b.tokens for b in batches),
         "positions": sum(len(b.predict_at) for b in batches),
         "flops": sum(training_flops(causal_model(model), b) for b in batches),
+        "attention": sum(attention_flops(causal_model(model), b) for b in batches),
     }
 
 
@@ -207,7 +211,8 @@ def with_optimizer(model: Any, backward: Callable[[], float]) -> Callable[[], fl
 
     def step() -> float:
         loss = backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        with torch.profiler.record_function("clipping"):
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss

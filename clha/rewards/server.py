@@ -12,8 +12,8 @@ from clha.errors import StageFailure, UserError
 from clha.generation.server import serves_another
 from clha.rewards.interface import Done, Scored, one_member
 from clha.rewards.scoring import Padding, length_batches
-from clha.rewards.served import ask, root_of, served
 from clha.rewards.texts import RewardInput, encode_all, text_encoder
+from clha.servers import Server, served_or_down
 from clha.settings_rewards import RewardModel
 
 _CONCURRENT = 4
@@ -29,10 +29,10 @@ class ServerReward:
         """
         assert settings.url is not None
         self.padding = Padding()
-        self._url = settings.url
+        self._server = Server(settings.url, "reward model: url", _CONCURRENT)
         self._tokens = settings.tokens_per_batch
         self._texts = text_encoder(model, settings.max_tokens, closed=True)
-        server = served(settings.url)
+        server = served_or_down(self._server, "set the reward model's url")
         self._model = server.name
         if serves_another(server.root, model):
             raise UserError(f"reward model: {settings.url} serves {server.root}, which is not its model {model}")
@@ -59,8 +59,8 @@ class ServerReward:
 
     def _ask(self, ids: list[list[int]]) -> list[float]:
         body = {"model": self._model, "input": ids, "task": "classify", "use_activation": False}
-        where = f"{root_of(self._url)}/pooling"
-        data = sorted(ask(self._url, "/pooling", body)["data"], key=lambda d: d["index"])
+        where = f"{self._server.url}/pooling"
+        data = sorted(self._server.ask("/pooling", body)["data"], key=lambda d: d["index"])
         if len(data) != len(ids):
             raise StageFailure(f"{where}: {len(ids)} texts asked for, {len(data)} answered")
         return [_single(d["data"], where) for d in data]

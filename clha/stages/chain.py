@@ -187,9 +187,9 @@ def _served(settings: Settings, node: Node) -> dict[str, dict[str, str]]:
     urls = {role: part.url for role, part in _scorers(settings, node).items() if part.url is not None}
     if not urls:
         return {}
-    from clha.rewards.served import served_identity
+    from clha.servers import served_identity
 
-    return {role: served_identity(url) for role, url in urls.items()}
+    return {role: served_identity(url, "reward model: url", "set the reward model's url") for role, url in urls.items()}
 
 
 def _check_heads(settings: Settings, node: Node, models: Mapping[str, ModelFolder]) -> None:
@@ -228,10 +228,10 @@ def plan_node(home: Home, run: Run, settings: Settings, node: Node, inputs: Mapp
         parts["source"] = source_digest(settings.prepare, home)
     engine = settings.generate.engine
     if engine.mode == "server" and node.name in ("generate", "answers.base"):
-        from clha.generation.server import served_identity
+        from clha.servers import served_identity
 
         assert engine.url is not None  # checked by Settings
-        parts["server"] = served_identity(engine.url)
+        parts["server"] = served_identity(engine.url, "generate.engine.url", "set generate.engine.mode: in_process")
     if servers := _served(settings, node):
         parts["reward_servers"] = servers
     if node.kind == "weigh" and settings.rescore.noise.file is not None:

@@ -83,10 +83,10 @@ class _Tiled(torch.autograd.Function):
         keep = sum(math.prod(batch.size) for batch in batches) <= _KEPT_KEYS * length
         kept = []
         for batch in batches:
-            shares = _shares(batch, queries, keys, scale, query.shape[3])
-            attended = torch.bmm(shares, _tiled(values, batch.keys, len(shares), value.shape[3]))
+            probabilities = _probabilities(batch, queries, keys, scale, query.shape[3])
+            attended = torch.bmm(probabilities, _tiled(values, batch.keys, len(probabilities), value.shape[3]))
             out.index_copy_(0, batch.results, attended.view(-1, out.shape[1]))
-            kept += [shares] if keep else []
+            kept += [probabilities] if keep else []
         ctx.save_for_backward(query, key, value, *kept)
         ctx.settings = (segments, scale, batches)
         return out[: length * heads].view(1, length, heads * groups, value.shape[-1])
@@ -100,18 +100,18 @@ class _Tiled(torch.autograd.Function):
         grad = _by_token(grads[0].transpose(1, 2), heads)
         dq, dk, dv = _results(grad, queries.shape[1], segments, heads), torch.zeros_like(keys), torch.zeros_like(values)
         for i, batch in enumerate(batches):
-            shares = kept[i] if kept else _shares(batch, queries, keys, scale, width)
-            matrices = len(shares)
-            slope_out = grad.index_select(0, batch.queries)
+            probabilities = kept[i] if kept else _probabilities(batch, queries, keys, scale, width)
+            matrices = len(probabilities)
+            grad_out = grad.index_select(0, batch.queries)
             if batch.filled is not None:
-                slope_out.index_fill_(0, batch.filled, 0.0)
-            slope_out = slope_out.view(matrices, -1, value_width)
-            dv.index_add_(0, batch.keys, torch.bmm(shares.transpose(1, 2), slope_out).view(-1, value_width))
-            slope = torch.bmm(slope_out, _tiled(values, batch.keys, matrices, value_width).transpose(1, 2))
-            slope = torch._softmax_backward_data(slope, shares, -1, shares.dtype)
+                grad_out.index_fill_(0, batch.filled, 0.0)
+            grad_out = grad_out.view(matrices, -1, value_width)
+            dv.index_add_(0, batch.keys, torch.bmm(probabilities.transpose(1, 2), grad_out).view(-1, value_width))
+            grad_scores = torch.bmm(grad_out, _tiled(values, batch.keys, matrices, value_width).transpose(1, 2))
+            grad_scores = torch._softmax_backward_data(grad_scores, probabilities, -1, probabilities.dtype)
             asked = _tiled(queries, batch.queries, matrices, width)
-            dk.index_add_(0, batch.keys, torch.bmm(slope.transpose(1, 2), asked).view(-1, width))
-            part = torch.bmm(slope, _tiled(keys, batch.keys, matrices, width))
+            dk.index_add_(0, batch.keys, torch.bmm(grad_scores.transpose(1, 2), asked).view(-1, width))
+            part = torch.bmm(grad_scores, _tiled(keys, batch.keys, matrices, width))
             dq.index_copy_(0, batch.results, part.view(-1, dq.shape[1]))
         dq, dk = dq[: length * heads].mul_(scale), dk.mul_(scale)
         made = (states.view(1, length, -1, query.shape[3]).transpose(1, 2) for states in (dq, dk))
@@ -137,7 +137,7 @@ def _results(like: Tensor, width: int, segments: Segments, key_heads: int) -> Te
     return out
 
 
-def _shares(batch: TileBatch, queries: Tensor, keys: Tensor, scale: float, width: int) -> Tensor:
+def _probabilities(batch: TileBatch, queries: Tensor, keys: Tensor, scale: float, width: int) -> Tensor:
     """Attention probabilities [B * Hk, L * G, W]."""
     tiles, rows, seen = batch.size
     matrices = batch.keys.shape[0] // seen
@@ -180,8 +180,8 @@ def _plain(
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
         scores = scores.masked_fill(~seen[start:at, start:at], -math.inf)
-        shares = _softmax(scores)
-        parts.append(torch.nn.functional.dropout(shares, p=dropout) @ values[:, :, start:at])
+        probabilities = _softmax(scores)
+        parts.append(torch.nn.functional.dropout(probabilities, p=dropout) @ values[:, :, start:at])
     if at < segments.length:
         parts.append(query.new_zeros(1, query.shape[1], segments.length - at, value.shape[-1]))
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous()

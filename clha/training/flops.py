@@ -15,20 +15,23 @@ def training_flops(model: Any, batch: MicroBatch) -> float:
     response token is predicted, attention over the pairs that each layer's window leaves. Backward takes twice the
     forward, of a frozen matrix (under an adapter) once, for its inputs alone. Recomputation does not count.
     """
-    config = model.config.get_text_config()
     head = model.get_output_embeddings()
     embedding = model.get_input_embeddings()
     skipped = {id(embedding.weight)} | ({id(head.weight)} if head is not None else set())
     matrices = [p for p in model.base_model.parameters() if p.dim() == 2 and id(p) not in skipped]
     body = sum(_per_row(p) for p in matrices)
     output = _per_row(head.weight) if head is not None else 0
+    return float(batch.tokens * body + len(batch.predict_at) * output) + attention_flops(model, batch)
+
+
+def attention_flops(model: Any, batch: MicroBatch) -> float:
+    """Those of `training_flops` that attention takes: queries with keys, probabilities with values; backward twice."""
+    config = model.config.get_text_config()
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     windows = _windows(config)
     pairs = sum(_pairs(batch, window) * windows.count(window) for window in set(windows))
-    # Forward: queries with keys, shares with values; backward: twice that.
-    attention = 3 * 2 * 2 * pairs * heads * width
-    return float(batch.tokens * body + len(batch.predict_at) * output + attention)
+    return 3.0 * 2 * 2 * pairs * heads * width
 
 
 def _per_row(matrix: torch.Tensor) -> int:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clha.training.layers import adds_in_place
+
 # Logits of all positions are kept for backward up to this many bytes; chunks are at most this large as well.
 LOGITS_BYTES = 256 * 1024 * 1024
 
@@ -23,6 +25,7 @@ def token_logprobs(
     scale: float = 1.0,
     softcap: float | None = None,
     logits_bytes: int = LOGITS_BYTES,
+    accumulate: bool = False,
 ) -> Tensor:
     """log softmax(z)[target] per response token, with z = softcap * tanh(y / softcap) and y = scale * (h W^T + b).
 
@@ -35,11 +38,12 @@ def token_logprobs(
         scale: factor on the logits.
         softcap: bound on the logits, or None.
         logits_bytes: memory for logits, see the module's description.
+        accumulate: add the gradient of `weight` in place where one is there, see `clha.training.layers`.
 
     Returns:
         [N] float32, in nats.
     """
-    return _TokenLogprobs.apply(hidden, weight, bias, target_row, targets, scale, softcap, logits_bytes)
+    return _TokenLogprobs.apply(hidden, weight, bias, target_row, targets, scale, softcap, logits_bytes, accumulate)
 
 
 def sum_by_response(token_logps: Tensor, target_cell: Tensor, batch: int, n: int) -> Tensor:
@@ -60,6 +64,7 @@ class _TokenLogprobs(torch.autograd.Function):
         scale: float,
         softcap: float | None,
         logits_bytes: int,
+        accumulate: bool,
     ) -> Tensor:
         dtype = hidden.dtype
         if torch.is_autocast_enabled(hidden.device.type):
@@ -78,18 +83,19 @@ class _TokenLogprobs(torch.autograd.Function):
                 kept = logps if keep else None
                 del logps
         ctx.save_for_backward(hidden, weight, bias, target_row, targets, kept)
-        ctx.settings = (dtype, bounds, scale, softcap)
+        ctx.settings = (dtype, bounds, scale, softcap, accumulate)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, target_row, targets, kept = ctx.saved_tensors
-        dtype, bounds, scale, softcap = ctx.settings
+        dtype, bounds, scale, softcap, accumulate = ctx.settings
         (grad,) = grads
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         projection = weight.to(dtype)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight: Tensor | None = None
+        in_place = accumulate and dtype == torch.float32 and adds_in_place(weight)
+        grad_weight: Tensor | None = weight.grad if in_place else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
         for a, b, lo, hi in bounds:
             states = hidden[a:b].to(dtype)
@@ -122,10 +128,10 @@ class _TokenLogprobs(torch.autograd.Function):
                     grad_weight += by_logit.t() @ states
             del logits, by_logit
         if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
+            grad_weight = None if in_place else grad_weight.to(weight.dtype)
         if grad_bias is not None and bias is not None:
             grad_bias = grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, *[None] * 6
 
 
 def _logits(states: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:

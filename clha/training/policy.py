@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from clha.training import attention
+from clha.training import attention, layers
 from clha.training.batches import MicroBatch, RankedPrompt, pack, pad
 from clha.training.logprobs import LOGITS_BYTES, token_logprobs
 
-# Largest difference of a response's summed log-probability from the model's own, in float32 and in lower precision.
+# Largest difference of a response's summed log-probability from the model's own, where both are computed in float32 or
+# float64, and for weights that have no such form (quantised ones).
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 _LOW_PRECISION_TOLERANCE = 0.1
+_HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -33,19 +35,29 @@ class Abilities:
     reason: str = ""  # why not, one line
 
 
-def attach(model: PreTrainedModel, share_prompts: bool = True, logits_bytes: int = LOGITS_BYTES) -> Abilities:
+def attach(
+    model: PreTrainedModel, share_prompts: bool = True, logits_bytes: int = LOGITS_BYTES, accumulate: bool = False
+) -> Abilities:
     """Teach `model` (or the model inside a peft wrapper) to answer `response_logps` calls, see `response_logps`.
 
-    Its forward for everybody else stays as it was. Undo with `detach`.
+    Its forward for everybody else stays as it was, to rounding. Undo with `detach`.
+
+    Args:
+        model: on the device where it is trained.
+        share_prompts: False to lay every response out with its prompt.
+        logits_bytes: see `clha.training.logprobs`.
+        accumulate: see `clha.training.layers.fuse`.
     """
     causal = causal_model(model)
     detach(model)
     causal._clha_original = (causal.forward, causal.config._attn_implementation)
     own_attention = causal.config._attn_implementation
+    layers.fuse(causal, accumulate)
     reference_attention = "eager" if _softcaps(causal) else own_attention
     abilities = _find_out(causal, share_prompts, reference_attention)
     causal.set_attn_implementation(attention.NAME if abilities.shares_prompts else reference_attention)
-    causal.forward = types.MethodType(_forward(causal, abilities, own_attention, logits_bytes), causal)
+    settings = {"logits_bytes": logits_bytes, "accumulate": accumulate}
+    causal.forward = types.MethodType(_forward(causal, abilities, own_attention, settings), causal)
     return abilities
 
 
@@ -55,6 +67,7 @@ def detach(model: PreTrainedModel) -> None:
     original = causal.__dict__.pop("_clha_original", None)
     if original is not None:
         del causal.__dict__["forward"]
+        layers.unfuse(causal)
         causal.set_attn_implementation(original[1])
 
 
@@ -82,7 +95,7 @@ def response_logps(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
     )
 
 
-def _forward(causal: Any, abilities: Abilities, own_attention: str, logits_bytes: int) -> Callable[..., Any]:
+def _forward(causal: Any, abilities: Abilities, own_attention: str, settings: dict[str, Any]) -> Callable[..., Any]:
     original, _ = causal._clha_original
 
     def forward(self: Any, *args: Any, targets: Tensor | None = None, **kwargs: Any) -> Any:
@@ -94,7 +107,7 @@ def _forward(causal: Any, abilities: Abilities, own_attention: str, logits_bytes
             finally:
                 self.set_attn_implementation(training_attention)
         kwargs.pop("labels", None)
-        return _token_logps(self, original, abilities.plain_head, targets, logits_bytes, **kwargs)
+        return _token_logps(self, original, abilities.plain_head, targets, settings, **kwargs)
 
     return forward
 
@@ -104,7 +117,7 @@ def _token_logps(
     original: Callable[..., Any],
     plain_head: bool,
     targets: Tensor,
-    logits_bytes: int,
+    settings: dict[str, Any],
     *,
     input_ids: Tensor,
     attention_mask: Tensor | None,
@@ -133,7 +146,7 @@ def _token_logps(
         bias=getattr(head, "bias", None),
         scale=scale,
         softcap=softcap,
-        logits_bytes=logits_bytes,
+        **settings,
     )
 
 
@@ -157,10 +170,12 @@ def _find_out(causal: Any, share_prompts: bool, reference_attention: str) -> Abi
         plain_head = False
     else:
         plain_head = True
-    tolerance = _TOLERANCE.get(next(causal.parameters()).dtype, _LOW_PRECISION_TOLERANCE)
+    kinds = {p.dtype if p.dtype not in _HALF else torch.float32 for p in causal.parameters()}
+    tolerance = max(_TOLERANCE.get(kind, _LOW_PRECISION_TOLERANCE) for kind in kinds)
     prompts = _made_up_prompts(causal.config.get_text_config().vocab_size)
     device = next(causal.parameters()).device
     causal.eval()
+    raised = _in_float32(causal)
     try:
         causal.set_attn_implementation(reference_attention)
         padded = pad(prompts).to(device)
@@ -182,8 +197,38 @@ def _find_out(causal: Any, share_prompts: bool, reference_attention: str) -> Abi
         line = f"{name}: prompts are not shared among responses ({reason}); padded rows instead" if reason else ""
         return Abilities(not reason, plain_head, line)
     finally:
+        for handle in raised:
+            handle.remove()
         causal.set_attn_implementation(own_attention)
         causal.train(was_training)
+
+
+def _in_float32(causal: Any) -> list[Any]:
+    """Let modules compute in float32 whose weights have 16 bits, until the handles that it returns are removed.
+
+    In 16 bits a right layout differs from the model's own by as much as some wrong ones. The weights of one module at
+    a time are copied.
+    """
+
+    def before(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        kept[module] = [(p, p.data) for p in module.parameters(recurse=False) if p.dtype in _HALF]
+        for parameter, data in kept[module]:
+            parameter.data = data.float()
+        return tuple(x.float() if isinstance(x, Tensor) and x.dtype in _HALF else x for x in inputs)
+
+    def after(module: Any, *_: Any) -> None:
+        for parameter, data in kept.pop(module, ()):
+            parameter.data = data
+
+    kept: dict[Any, list[tuple[Any, Tensor]]] = {}
+    handles = []
+    for module in causal.modules():
+        if any(p.dtype in _HALF for p in module.parameters(recurse=False)):
+            handles += [
+                module.register_forward_pre_hook(before),
+                module.register_forward_hook(after, always_call=True),
+            ]
+    return handles
 
 
 def _trial(causal: Any, batch: MicroBatch, plain_head: bool) -> Tensor:
@@ -193,7 +238,7 @@ def _trial(causal: Any, batch: MicroBatch, plain_head: bool) -> Tensor:
         causal.forward,
         plain_head,
         batch.targets,
-        LOGITS_BYTES,
+        {},
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         position_ids=batch.position_ids,

@@ -73,7 +73,8 @@ class ClhaTrainer(SavingTrainer):
             processing_class=processing_class,
             **others,
         )
-        self.abilities = policy.attach(model, args.share_prompts, args.logits_megabytes << 20)
+        alone = args.world_size == 1  # the hooks of data parallelism wait for gradients to arrive
+        self.abilities = policy.attach(model, args.share_prompts, args.logits_megabytes << 20, accumulate=alone)
         self.notes = [self.abilities.reason] if self.abilities.reason else []  # lines that a person should read
         for note in self.notes:
             _LOG.warning(note)

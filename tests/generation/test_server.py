@@ -16,17 +16,19 @@ from typing import Any
 import httpx
 import pytest
 
+from clha import servers
 from clha.config import settings_from
 from clha.errors import StageFailure, TransientFailure, UserError
-from clha.generation import server as server_module
 from clha.generation.requests import Request, Sampling
-from clha.generation.server import ServerEngine, served, served_identity
+from clha.generation.server import ServerEngine
 from clha.progress import Event
 from clha.runs import Run, save_run
+from clha.servers import Served, Server, served_identity
 from clha.settings import Engine
 from clha.stages import chain, runner
 from clha.store import Home
 
+SETTING = ("generate.engine.url", "set generate.engine.mode: in_process")
 SAMPLING = Sampling(n=2, temperature=1.0, top_p=1.0, max_tokens=4, stop_token_ids=(1,))
 
 # path, headers, body -> status, answer
@@ -35,6 +37,11 @@ Answer = Callable[[str, dict[str, str], dict[str, Any]], tuple[int, Any]]
 
 def models(max_model_len: int = 64, root: str = "elsewhere/policy") -> dict[str, Any]:
     return {"data": [{"id": "/somewhere/policy", "root": root, "max_model_len": max_model_len}]}
+
+
+def served(url: str) -> Served:
+    with Server(url, SETTING[0]) as server:
+        return server.served()
 
 
 def completion(body: dict[str, Any]) -> dict[str, Any]:
@@ -53,7 +60,7 @@ def completion(body: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture
 def answering(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Answer], str]]:
     """Starts an HTTP server that answers as told; returns its URL."""
-    monkeypatch.setattr(server_module, "_FIRST_DELAY", 0.001)
+    monkeypatch.setattr(servers, "_FIRST_DELAY", 0.001)
     running: list[ThreadingHTTPServer] = []
 
     def start(answer: Answer) -> str:
@@ -137,14 +144,14 @@ def test_a_server_that_is_busy_for_a_moment_is_asked_again(answering: Callable[[
 
 
 def test_a_server_that_stays_away_is_a_failure_that_may_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "_FIRST_DELAY", 0.001)
+    monkeypatch.setattr(servers, "_FIRST_DELAY", 0.001)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     with pytest.raises(TransientFailure, match="no answer"):
         served(url)
     with pytest.raises(UserError, match="start the server"):
-        served_identity(url)
+        served_identity(url, *SETTING)
 
 
 def test_the_key_is_sent_and_a_refused_one_is_the_users_to_mend(
@@ -163,14 +170,14 @@ def test_the_key_is_sent_and_a_refused_one_is_the_users_to_mend(
 
 
 def test_a_key_holds_the_served_models_name_and_version_but_no_path(answering: Callable[[Answer], str]) -> None:
-    assert served_identity(answering(plain)) == {"model": "policy", "version": "0.32.0"}
+    assert served_identity(answering(plain), *SETTING) == {"model": "policy", "version": "0.32.0"}
 
 
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
         ((200, {"data": []}), "serves no model"),
-        ((200, "<html>"), "not JSON"),
+        ((200, "<html>"), "no JSON object"),
         ((404, "nothing here"), "status 404"),
     ],
 )

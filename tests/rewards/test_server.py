@@ -25,9 +25,9 @@ from reward_cases import settings, write_candidates, write_prompts
 from clha.errors import UserError
 from clha.process import end_group
 from clha.rewards.adapters import load_scorer
-from clha.rewards.served import served
 from clha.rewards.texts import RewardInput
 from clha.runs import Run
+from clha.servers import served_identity
 from clha.settings_rewards import RewardModel
 from clha.stages.chain import nodes, plan_node
 from clha.store import Home
@@ -230,18 +230,18 @@ def test_a_server_that_is_down_is_said_when_the_run_is_planned(home: Home, rewar
         ({"/v1/models": {"data": []}}, "serves no model"),
         ({"/v1/models": {"data": ["a"]}}, "serves no model"),
         ({"/v1/models": [1]}, "no JSON object"),
-        ({}, "answers 404"),
+        ({}, "status 404"),
     ],
 )
 def test_what_is_no_pooling_server_is_a_clear_error(answers: dict[str, Any], message: str) -> None:
     with answering(answers) as url, pytest.raises(UserError, match=message):
-        served(url)
+        served_identity(url, "reward model: url", "give another")
 
 
 @pytest.mark.parametrize("url", ["nonsense", "http://host:port"])
 def test_what_is_no_address_is_a_clear_error(url: str) -> None:
-    with pytest.raises(UserError, match=f"url {url} is no address"):
-        served(url)
+    with pytest.raises(UserError, match=f"url: {url} is no address"):
+        served_identity(url, "reward model: url", "give another")
 
 
 def test_no_server_is_a_clear_error(reward_model: Path) -> None:
