@@ -146,6 +146,41 @@ def test_an_architecture_that_cannot_share_takes_padded_rows_and_says_so_in_one_
     check_against_separate_passes(model, packed=False)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", SHARING)
+def test_weights_of_16_bits_hide_neither_a_right_layout_nor_a_wrong_one(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    """The wrong one: the second response of a prompt sees the first."""
+
+    def wrong(prompts: list[RankedPrompt], **how: Any) -> MicroBatch:
+        batch = pack(prompts, **how)
+        (start, end, (one, two, *rest)), *others = batch.segments.groups
+        batch.segments = Segments(batch.segments.length, [(start, end, [(one[0], two[1]), *rest]), *others])
+        return batch
+
+    model = make(SHARING[name]).to(dtype)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert policy.attach(model) == policy.Abilities(shares_prompts=True, plain_head=True)
+    monkeypatch.setattr(policy, "pack", wrong)
+    assert "log-probabilities differ" in policy.attach(model).reason
+    for key, value in model.state_dict().items():
+        assert value.dtype == before[key].dtype and torch.equal(value, before[key])
+
+
+def test_weights_of_16_bits_that_are_read_from_outside_are_tried_as_they_are():
+    model, square = make(LlamaConfig(**SMALL)).to(torch.bfloat16), torch.eye(64, dtype=torch.bfloat16)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    model.model.norm.register_forward_hook(lambda module, inputs, out: out @ square)
+    assert policy.attach(model) == policy.Abilities(shares_prompts=True, plain_head=True)
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_an_architecture_that_cannot_share_says_so_with_weights_of_16_bits_too(name: str):
+    assert "padded rows instead" in policy.attach(make(PADDED[name]).to(torch.bfloat16)).reason
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt-neox"])
 def test_padded_rows_on_request_equal_separate_passes(name: str):
     model = make(SHARING[name]).eval()
