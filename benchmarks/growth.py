@@ -5,7 +5,7 @@ Steps of ours with the given prompts, with each of them twice and four times, ea
 sizes once a round; the token budget of a micro-batch is the same for all. Then a training run's start: made-up tables
 of a million candidates are joined and opened in a process of their own.
 
-usage: growth.py MODEL --data hh.jsonl[.gz] [--n 4] [--prompts 8] [--rounds 5] [--budget 1024] [--rows 1000000]
+usage: growth.py MODEL --data hh.jsonl[.gz] [--n 4] [--prompts 8] [--rounds 5] [--budget 512] [--rows 1000000]
 """
 
 import argparse

@@ -40,8 +40,11 @@ def part_of(event: Any) -> str:
 
 def main() -> None:
     parser = arguments()
+    parser.description = __doc__
     parser.set_defaults(n=2, budget=512)
     args = parser.parse_args()
+    if args.device != "cpu":
+        parser.error("--device: this profile is of the CPU")
     import torch
     from torch.profiler import ProfilerActivity, profile
 

@@ -38,7 +38,7 @@ class Server:
 
     def __init__(self, url: str, setting: str, connections: int = 1) -> None:
         self.url, self._setting = url.rstrip("/").removesuffix("/v1"), setting
-        key = os.environ.get("VLLM_API_KEY")
+        key = os.environ.get("VLLM_API_KEY", "").strip()
         self._client = httpx.Client(
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx.Timeout(_ANSWER_SECONDS, connect=10),
@@ -59,8 +59,8 @@ class Server:
     ) -> dict[str, Any]:
         """The JSON object that answers a request (POST with a body, else GET), which is tried again while it is busy.
 
-        Raises UserError for what is no address, a refused key and a path that the server does not know, StageFailure
-        for other refusals and what is no JSON object, TransientFailure when no attempt was answered.
+        Raises UserError for what is no address, a refused key, a path that the server does not know and an answer that
+        is no JSON object, StageFailure for other refusals, TransientFailure when no attempt was answered.
         """
         where, problem = self.url + path, ""
         timeout = httpx.USE_CLIENT_DEFAULT if seconds is None else httpx.Timeout(seconds)
@@ -70,21 +70,27 @@ class Server:
             try:
                 response = self._client.request("GET" if body is None else "POST", where, json=body, timeout=timeout)
             except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
-                raise UserError(f"{self._setting}: {self.url} is no address ({error})") from None
+                raise UserError(
+                    f"{self._setting}: {self.url} is no address ({error}); give one such as http://127.0.0.1:8000/v1"
+                ) from None
+            except httpx.LocalProtocolError:  # its text would show the key
+                raise UserError("VLLM_API_KEY: holds what no key can hold, such as a line break") from None
             except httpx.TransportError as error:
                 problem = str(error) or type(error).__name__
                 continue
             if response.status_code == 429 or response.status_code >= 500:
                 problem = f"status {response.status_code}"
                 continue
-            return _json(response, where)
+            return self._json(response, where)
         raise TransientFailure(f"{where}: no answer ({problem})")
 
     def served(self, attempts: int = _ATTEMPTS) -> Served:
-        """Which model it serves. Raises UserError when it refuses or serves none, StageFailure as `ask`."""
+        """Which model it serves. Raises UserError when it refuses or serves none, and as `ask`."""
         models = self.ask("/v1/models", attempts=attempts, seconds=_IDENTITY_SECONDS)
         try:
-            version = str(self.ask("/version", attempts=1, seconds=_IDENTITY_SECONDS)["version"])
+            version = str(self.ask("/version", attempts=attempts, seconds=_IDENTITY_SECONDS)["version"])
+        except TransientFailure:  # not "unknown": it is part of keys
+            raise
         except (UserError, StageFailure, KeyError):
             version = "unknown"
         try:
@@ -93,28 +99,31 @@ class Server:
         except (AttributeError, KeyError, IndexError, TypeError):
             raise UserError(f"{self._setting}: {self.url} serves no model; start it with one") from None
 
-
-def _json(response: httpx.Response, where: str) -> dict[str, Any]:
-    status = response.status_code
-    if status in (401, 403):
-        raise UserError(f"{where}: the server refuses the key; set VLLM_API_KEY to the one that it was started with")
-    if status != 200:
-        kind = UserError if status == 404 else StageFailure
-        raise kind(f"{where}: status {status}: {' '.join(response.text[:300].split())}")
-    try:
-        answer = response.json()
-    except ValueError:
-        answer = None
-    if not isinstance(answer, dict):
-        raise StageFailure(f"{where}: the answer is no JSON object; is this a vLLM server?")
-    return answer
+    def _json(self, response: httpx.Response, where: str) -> dict[str, Any]:
+        status = response.status_code
+        if status in (401, 403):
+            raise UserError(f"{where}: the server refuses the key; set VLLM_API_KEY to the one it was started with")
+        if status == 404:
+            raise UserError(
+                f"{where}: status 404; is {self._setting} that of a vLLM server, started for this kind of model "
+                "(reward models: vllm serve MODEL --runner pooling)?"
+            )
+        if status != 200:
+            raise StageFailure(f"{where}: status {status}: {' '.join(response.text[:300].split())}")
+        try:
+            answer = response.json()
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise UserError(f"{where}: the answer is no JSON object; is {self._setting} that of a vLLM server?")
+        return answer
 
 
 def served_or_down(server: Server, remedy: str) -> Served:
     """What a server serves, asked once. Raises UserError, "start the server" or `remedy`, when it does not answer."""
     try:
         return server.served(attempts=1)
-    except StageFailure as failure:
+    except TransientFailure as failure:
         raise UserError(f"{failure}; start the server, or {remedy}") from None
 
 

@@ -1,13 +1,19 @@
 """What the tests share: the folder of real data and goldens beside the project, and quiet, offline libraries."""
 
+import json
 import os
 import shutil
 import signal
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
 
+from clha import servers
 from clha.store import Home
 
 # A shell that starts the tests in the background has SIGINT ignored, and every process below inherits that: the
@@ -102,3 +108,36 @@ def smoke_copy(smoke_home: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "home"
     shutil.copytree(smoke_home, folder, ignore=shutil.ignore_patterns("prefect", "locks"))
     return folder
+
+
+@pytest.fixture
+def answering(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[..., Any]], str]]:
+    """Starts an HTTP server that answers as told: (path, headers, body) -> (status, JSON or text); returns its URL."""
+    monkeypatch.setattr(servers, "_FIRST_DELAY", 0.001)
+    running: list[ThreadingHTTPServer] = []
+
+    def start(answer: Callable[..., Any]) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def _reply(self) -> None:
+                length = int(self.headers.get("Content-Length") or 0)
+                body = json.loads(self.rfile.read(length)) if length else {}
+                status, value = answer(self.path, dict(self.headers), body)
+                data = value.encode() if isinstance(value, str) else json.dumps(value).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            do_GET = do_POST = _reply
+
+            def log_message(self, *args: Any) -> None: ...
+
+        httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        running.append(httpd)
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{httpd.server_port}/v1"
+
+    yield start
+    for httpd in running:
+        httpd.shutdown()
+        httpd.server_close()

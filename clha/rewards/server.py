@@ -13,10 +13,11 @@ from clha.generation.server import serves_another
 from clha.rewards.interface import Done, Scored, one_member
 from clha.rewards.scoring import Padding, length_batches
 from clha.rewards.texts import RewardInput, encode_all, text_encoder
-from clha.servers import Server, served_or_down
+from clha.servers import Server
 from clha.settings_rewards import RewardModel
 
 _CONCURRENT = 4
+_ANSWER_SECONDS = 600.0  # a batch may wait in the server's queue
 
 
 class ServerReward:
@@ -32,7 +33,7 @@ class ServerReward:
         self._server = Server(settings.url, "reward model: url", _CONCURRENT)
         self._tokens = settings.tokens_per_batch
         self._texts = text_encoder(model, settings.max_tokens, closed=True)
-        server = served_or_down(self._server, "set the reward model's url")
+        server = self._server.served()
         self._model = server.name
         if serves_another(server.root, model):
             raise UserError(f"reward model: {settings.url} serves {server.root}, which is not its model {model}")
@@ -60,10 +61,15 @@ class ServerReward:
     def _ask(self, ids: list[list[int]]) -> list[float]:
         body = {"model": self._model, "input": ids, "task": "classify", "use_activation": False}
         where = f"{self._server.url}/pooling"
-        data = sorted(self._server.ask("/pooling", body)["data"], key=lambda d: d["index"])
-        if len(data) != len(ids):
-            raise StageFailure(f"{where}: {len(ids)} texts asked for, {len(data)} answered")
-        return [_single(d["data"], where) for d in data]
+        answer = self._server.ask("/pooling", body, seconds=_ANSWER_SECONDS)
+        try:
+            data = sorted(answer["data"], key=lambda d: d["index"])
+            outputs = [d["data"] for d in data]
+        except (KeyError, TypeError) as error:
+            raise StageFailure(f"{where}: an answer lacks {error}; it must be a vLLM server of 0.11 or later") from None
+        if len(outputs) != len(ids):
+            raise StageFailure(f"{where}: {len(ids)} texts asked for, {len(outputs)} answered")
+        return [_single(output, where) for output in outputs]
 
 
 def _single(output: Any, where: str) -> float:

@@ -27,7 +27,7 @@ def flex_attention(
     softcap: float | None,
 ) -> Tensor:
     """query [1, H, T, d], key and value [1, Hk, T, d] -> [1, T, H, d]; all layers with one window share its mask."""
-    name = ("block_mask", window)
+    name = ("block_mask", window, str(query.device))
     if name not in segments.cache:
         segments.cache[name] = block_mask(segments, window, query.device)
     usual = query.shape[-1] ** -0.5

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from clha.training.layers import adds_in_place
 
@@ -25,7 +26,6 @@ def token_logprobs(
     scale: float = 1.0,
     softcap: float | None = None,
     logits_bytes: int = LOGITS_BYTES,
-    accumulate: bool = False,
 ) -> Tensor:
     """log softmax(z)[target] per response token, with z = softcap * tanh(y / softcap) and y = scale * (h W^T + b).
 
@@ -38,12 +38,11 @@ def token_logprobs(
         scale: factor on the logits.
         softcap: bound on the logits, or None.
         logits_bytes: memory for logits, see the module's description.
-        accumulate: add the gradient of `weight` in place where one is there, see `clha.training.layers`.
 
     Returns:
         [N] float32, in nats.
     """
-    return _TokenLogprobs.apply(hidden, weight, bias, target_row, targets, scale, softcap, logits_bytes, accumulate)
+    return _TokenLogprobs.apply(hidden, weight, bias, target_row, targets, scale, softcap, logits_bytes)
 
 
 def sum_by_response(token_logps: Tensor, target_cell: Tensor, batch: int, n: int) -> Tensor:
@@ -64,7 +63,6 @@ class _TokenLogprobs(torch.autograd.Function):
         scale: float,
         softcap: float | None,
         logits_bytes: int,
-        accumulate: bool,
     ) -> Tensor:
         dtype = hidden.dtype
         if torch.is_autocast_enabled(hidden.device.type):
@@ -83,18 +81,19 @@ class _TokenLogprobs(torch.autograd.Function):
                 kept = logps if keep else None
                 del logps
         ctx.save_for_backward(hidden, weight, bias, target_row, targets, kept)
-        ctx.settings = (dtype, bounds, scale, softcap, accumulate)
+        ctx.settings = (dtype, bounds, scale, softcap)
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, target_row, targets, kept = ctx.saved_tensors
-        dtype, bounds, scale, softcap, accumulate = ctx.settings
+        dtype, bounds, scale, softcap = ctx.settings
         (grad,) = grads
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         projection = weight.to(dtype)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        in_place = accumulate and dtype == torch.float32 and adds_in_place(weight)
+        in_place = dtype == torch.float32 and adds_in_place(weight)
         grad_weight: Tensor | None = weight.grad if in_place else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
         for a, b, lo, hi in bounds:
@@ -131,7 +130,7 @@ class _TokenLogprobs(torch.autograd.Function):
             grad_weight = None if in_place else grad_weight.to(weight.dtype)
         if grad_bias is not None and bias is not None:
             grad_bias = grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight, grad_bias, *[None] * 6
+        return grad_hidden, grad_weight, grad_bias, *[None] * 5
 
 
 def _logits(states: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:

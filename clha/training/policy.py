@@ -52,12 +52,10 @@ def attach(
     detach(model)
     causal._clha_original = (causal.forward, causal.config._attn_implementation)
     own_attention = causal.config._attn_implementation
-    layers.fuse(causal, accumulate)
     reference_attention = "eager" if _softcaps(causal) else own_attention
-    abilities = _find_out(causal, share_prompts, reference_attention)
+    abilities = _find_out(causal, share_prompts, reference_attention, accumulate)
     causal.set_attn_implementation(attention.NAME if abilities.shares_prompts else reference_attention)
-    settings = {"logits_bytes": logits_bytes, "accumulate": accumulate}
-    causal.forward = types.MethodType(_forward(causal, abilities, own_attention, settings), causal)
+    causal.forward = types.MethodType(_forward(causal, abilities, own_attention, logits_bytes), causal)
     return abilities
 
 
@@ -95,7 +93,7 @@ def response_logps(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
     )
 
 
-def _forward(causal: Any, abilities: Abilities, own_attention: str, settings: dict[str, Any]) -> Callable[..., Any]:
+def _forward(causal: Any, abilities: Abilities, own_attention: str, logits_bytes: int) -> Callable[..., Any]:
     original, _ = causal._clha_original
 
     def forward(self: Any, *args: Any, targets: Tensor | None = None, **kwargs: Any) -> Any:
@@ -107,7 +105,7 @@ def _forward(causal: Any, abilities: Abilities, own_attention: str, settings: di
             finally:
                 self.set_attn_implementation(training_attention)
         kwargs.pop("labels", None)
-        return _token_logps(self, original, abilities.plain_head, targets, settings, **kwargs)
+        return _token_logps(self, original, abilities.plain_head, targets, logits_bytes, **kwargs)
 
     return forward
 
@@ -117,7 +115,7 @@ def _token_logps(
     original: Callable[..., Any],
     plain_head: bool,
     targets: Tensor,
-    settings: dict[str, Any],
+    logits_bytes: int,
     *,
     input_ids: Tensor,
     attention_mask: Tensor | None,
@@ -146,7 +144,7 @@ def _token_logps(
         bias=getattr(head, "bias", None),
         scale=scale,
         softcap=softcap,
-        **settings,
+        logits_bytes=logits_bytes,
     )
 
 
@@ -163,7 +161,8 @@ def _softcaps(causal: Any) -> bool:
 
 
 @torch.no_grad()
-def _find_out(causal: Any, share_prompts: bool, reference_attention: str) -> Abilities:
+def _find_out(causal: Any, share_prompts: bool, reference_attention: str, accumulate: bool) -> Abilities:
+    """Try the ways against the model as it came; its layers are taken over on the way."""
     head = causal.get_output_embeddings()
     was_training, own_attention = causal.training, causal.config._attn_implementation
     if type(head) is not torch.nn.Linear or not hasattr(causal, "base_model"):
@@ -187,6 +186,7 @@ def _find_out(causal: Any, share_prompts: bool, reference_attention: str) -> Abi
             _remove(raised)  # it reads weights of a block from outside
             tolerance = _LOW_PRECISION_TOLERANCE
             want = _trial(causal, padded, False)
+        layers.fuse(causal, accumulate)  # after the model's own result, which it is held against too
         plain_head = plain_head and _near(_trial(causal, padded, True), want, tolerance)
         name, stretched = type(causal).__name__, _stretched_positions(causal)
         if not share_prompts:
@@ -255,7 +255,7 @@ def _trial(causal: Any, batch: MicroBatch, plain_head: bool) -> Tensor:
         causal.forward,
         plain_head,
         batch.targets,
-        {},
+        LOGITS_BYTES,
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         position_ids=batch.position_ids,

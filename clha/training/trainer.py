@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from clha.errors import UserError
-from clha.training import checks, policy
+from clha.training import checks, layers, policy
 from clha.training.arguments import ClhaConfig, refuse_unused
 from clha.training.batches import Layout, MicroBatch, RankedPrompt
 from clha.training.datasets import as_ranked_prompts
@@ -73,8 +73,8 @@ class ClhaTrainer(SavingTrainer):
             processing_class=processing_class,
             **others,
         )
-        alone = args.world_size == 1  # the hooks of data parallelism wait for gradients to arrive
-        self.abilities = policy.attach(model, args.share_prompts, args.logits_megabytes << 20, accumulate=alone)
+        self._alone = args.world_size == 1
+        self.abilities = policy.attach(model, args.share_prompts, args.logits_megabytes << 20, self._alone)
         self.notes = [self.abilities.reason] if self.abilities.reason else []  # lines that a person should read
         for note in self.notes:
             _LOG.warning(note)
@@ -140,7 +140,8 @@ class ClhaTrainer(SavingTrainer):
                 parts = {name: value * share for name, value in parts.items()}
                 loss = parts["total"] * (weight * self.args.world_size)  # data parallelism averages gradients
                 self._check_finite(loss, "the loss", self.state.global_step + 1)
-                self.accelerator.backward(loss)
+                with layers.adding_in_place() if self._alone else contextlib.nullcontext():
+                    self.accelerator.backward(loss)
             if weight:
                 self._pace.sums.add_batch(sums, batch, parts)
                 self._pace.sums.add(flops=training_flops(policy.causal_model(self.model), batch))

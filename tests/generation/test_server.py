@@ -9,26 +9,22 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from clha import servers
 from clha.config import settings_from
-from clha.errors import StageFailure, TransientFailure, UserError
+from clha.errors import StageFailure, UserError
 from clha.generation.requests import Request, Sampling
 from clha.generation.server import ServerEngine
 from clha.progress import Event
 from clha.runs import Run, save_run
-from clha.servers import Served, Server, served_identity
 from clha.settings import Engine
 from clha.stages import chain, runner
 from clha.store import Home
 
-SETTING = ("generate.engine.url", "set generate.engine.mode: in_process")
 SAMPLING = Sampling(n=2, temperature=1.0, top_p=1.0, max_tokens=4, stop_token_ids=(1,))
 
 # path, headers, body -> status, answer
@@ -37,11 +33,6 @@ Answer = Callable[[str, dict[str, str], dict[str, Any]], tuple[int, Any]]
 
 def models(max_model_len: int = 64, root: str = "elsewhere/policy") -> dict[str, Any]:
     return {"data": [{"id": "/somewhere/policy", "root": root, "max_model_len": max_model_len}]}
-
-
-def served(url: str) -> Served:
-    with Server(url, SETTING[0]) as server:
-        return server.served()
 
 
 def completion(body: dict[str, Any]) -> dict[str, Any]:
@@ -55,39 +46,6 @@ def completion(body: dict[str, Any]) -> dict[str, Any]:
         for k in range(body["n"])
     ]
     return {"choices": choices[::-1]}
-
-
-@pytest.fixture
-def answering(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Answer], str]]:
-    """Starts an HTTP server that answers as told; returns its URL."""
-    monkeypatch.setattr(servers, "_FIRST_DELAY", 0.001)
-    running: list[ThreadingHTTPServer] = []
-
-    def start(answer: Answer) -> str:
-        class Handler(BaseHTTPRequestHandler):
-            def _reply(self) -> None:
-                length = int(self.headers.get("Content-Length") or 0)
-                body = json.loads(self.rfile.read(length)) if length else {}
-                status, value = answer(self.path, dict(self.headers), body)
-                data = value.encode() if isinstance(value, str) else json.dumps(value).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            do_GET = do_POST = _reply
-
-            def log_message(self, *args: Any) -> None: ...
-
-        httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        running.append(httpd)
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{httpd.server_port}/v1"
-
-    yield start
-    for httpd in running:
-        httpd.shutdown()
-        httpd.server_close()
 
 
 def plain(path: str, headers: dict[str, str], body: dict[str, Any]) -> tuple[int, Any]:
@@ -141,52 +99,6 @@ def test_a_server_that_is_busy_for_a_moment_is_asked_again(answering: Callable[[
     made = engine(answering(answer), max_concurrency=1)
     made.submit(Request("r", [7, 8], seed=1))
     assert set(all_results(made)) == {"r"}
-
-
-def test_a_server_that_stays_away_is_a_failure_that_may_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(servers, "_FIRST_DELAY", 0.001)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-    with pytest.raises(TransientFailure, match="no answer"):
-        served(url)
-    with pytest.raises(UserError, match="start the server"):
-        served_identity(url, *SETTING)
-
-
-def test_the_key_is_sent_and_a_refused_one_is_the_users_to_mend(
-    answering: Callable[[Answer], str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def answer(path: str, headers: dict[str, str], body: dict[str, Any]) -> tuple[int, Any]:
-        right = headers.get("Authorization") == "Bearer open sesame"
-        return plain(path, headers, body) if right else (401, {"error": "Unauthorized"})
-
-    url = answering(answer)
-    monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    with pytest.raises(UserError, match="VLLM_API_KEY"):
-        served(url)
-    monkeypatch.setenv("VLLM_API_KEY", "open sesame")
-    assert served(url).version == "0.32.0"
-
-
-def test_a_key_holds_the_served_models_name_and_version_but_no_path(answering: Callable[[Answer], str]) -> None:
-    assert served_identity(answering(plain), *SETTING) == {"model": "policy", "version": "0.32.0"}
-
-
-@pytest.mark.parametrize(
-    ("answer", "expected"),
-    [
-        ((200, {"data": []}), "serves no model"),
-        ((200, "<html>"), "no JSON object"),
-        ((404, "nothing here"), "status 404"),
-    ],
-)
-def test_what_is_no_vllm_server_is_one_clear_line(
-    answering: Callable[[Answer], str], answer: tuple[int, Any], expected: str
-) -> None:
-    with pytest.raises((UserError, StageFailure), match=expected) as error:
-        served(answering(lambda *_: answer))
-    assert "\n" not in str(error.value)
 
 
 def test_a_server_with_too_short_a_context_is_refused(answering: Callable[[Answer], str]) -> None:

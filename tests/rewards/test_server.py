@@ -11,7 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -22,12 +22,12 @@ import pytest
 import torch
 from reward_cases import settings, write_candidates, write_prompts
 
-from clha.errors import UserError
+from clha import servers
+from clha.errors import StageFailure, TransientFailure, UserError
 from clha.process import end_group
 from clha.rewards.adapters import load_scorer
 from clha.rewards.texts import RewardInput
 from clha.runs import Run
-from clha.servers import served_identity
 from clha.settings_rewards import RewardModel
 from clha.stages.chain import nodes, plan_node
 from clha.store import Home
@@ -224,26 +224,31 @@ def test_a_server_that_is_down_is_said_when_the_run_is_planned(home: Home, rewar
         score_key(home, reward_model, {"url": "http://127.0.0.1:9/v1"})
 
 
-@pytest.mark.parametrize(
-    ("answers", "message"),
-    [
-        ({"/v1/models": {"data": []}}, "serves no model"),
-        ({"/v1/models": {"data": ["a"]}}, "serves no model"),
-        ({"/v1/models": [1]}, "no JSON object"),
-        ({}, "status 404"),
-    ],
-)
-def test_what_is_no_pooling_server_is_a_clear_error(answers: dict[str, Any], message: str) -> None:
-    with answering(answers) as url, pytest.raises(UserError, match=message):
-        served_identity(url, "reward model: url", "give another")
-
-
-@pytest.mark.parametrize("url", ["nonsense", "http://host:port"])
-def test_what_is_no_address_is_a_clear_error(url: str) -> None:
-    with pytest.raises(UserError, match=f"url: {url} is no address"):
-        served_identity(url, "reward model: url", "give another")
-
-
-def test_no_server_is_a_clear_error(reward_model: Path) -> None:
-    with pytest.raises(UserError, match="127.0.0.1:9/v1/models: no answer .*start the server"):
+def test_no_server_is_a_failure_that_may_pass(reward_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "_FIRST_DELAY", 0.001)
+    with pytest.raises(TransientFailure, match="127.0.0.1:9/v1/models: no answer"):
         load_scorer(asks("http://127.0.0.1:9/v1"), reward_model, None, "cpu")
+
+
+def test_a_reward_server_that_is_busy_is_asked_again(
+    reward_model: Path, answering: Callable[[Callable[..., Any]], str]
+) -> None:
+    """The first two answers are refusals; after them each text gets the reward 0.5."""
+    refusals = iter([503, 429])
+
+    def answer(path: str, headers: dict[str, str], body: dict[str, Any]) -> tuple[int, Any]:
+        if not body:
+            return 200, serving("/models/judge").get(path, {})
+        outputs = [{"index": i, "data": [0.5]} for i in range(len(body["input"]))]
+        return next(refusals, 200), {"data": outputs[::-1]}
+
+    found = load_scorer(asks(answering(answer)), reward_model, None, "cpu").score(inputs(3))
+    assert found.rewards.tolist() == [0.5] * 3
+
+
+def test_an_answer_without_rewards_is_refused(
+    reward_model: Path, answering: Callable[[Callable[..., Any]], str]
+) -> None:
+    url = answering(lambda path, headers, body: (200, {"odd": 1} if body else serving("/m").get(path, {})))
+    with pytest.raises(StageFailure, match="lacks 'data'"):
+        load_scorer(asks(url), reward_model, None, "cpu").score(inputs(1))
