@@ -8,11 +8,13 @@ import argparse
 import gzip
 import json
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 MAX_PROMPT, MAX_RESPONSE = 384, 128
+_SCRATCH = tempfile.TemporaryDirectory()  # where trainers would write; gone with the process
 
 
 # -- data and model ----------------------------------------------------------------------------------------------
@@ -118,8 +120,6 @@ def work_of(args: argparse.Namespace, model: Any, prompts: list[Any]) -> dict[st
 
 def ours(args: argparse.Namespace) -> tuple[Callable[[], float], dict[str, float]]:
     """Our trainer's own step, with its checks and metrics."""
-    import tempfile
-
     import torch
 
     from clha.training.arguments import ClhaConfig
@@ -130,7 +130,7 @@ def ours(args: argparse.Namespace) -> tuple[Callable[[], float], dict[str, float
     model, tokenizer = load(args)
     prompts = ranked_prompts(args, tokenizer)
     settings = ClhaConfig(
-        output_dir=tempfile.mkdtemp(),
+        output_dir=_SCRATCH.name,
         tokens_per_micro_batch=args.budget,
         use_cpu=args.device == "cpu",
         bf16=args.device == "cuda",
@@ -222,8 +222,6 @@ def with_optimizer(model: Any, backward: Callable[[], float]) -> Callable[[], fl
 
 def trl(args: argparse.Namespace, kind: str) -> tuple[Callable[[], float], dict[str, float]]:
     """TRL's own trainer on the pairs, one step of all prompts at a time."""
-    import tempfile
-
     from datasets import Dataset
 
     model, tokenizer = load(args)
@@ -238,7 +236,7 @@ def trl(args: argparse.Namespace, kind: str) -> tuple[Callable[[], float], dict[
         for p in prompts
     ]
     common = {
-        "output_dir": tempfile.mkdtemp(),
+        "output_dir": _SCRATCH.name,
         "per_device_train_batch_size": len(prompts),
         "learning_rate": 1e-12,
         "lr_scheduler_type": "constant",

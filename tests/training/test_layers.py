@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GemmaConfig, GPTNeoXConfig, LlamaConfig, Qwen3Config
@@ -96,7 +97,6 @@ def logits_and_gradients(model: torch.nn.Module) -> list[torch.Tensor]:
 
 def test_adapters_train_as_they_do_without_and_frozen_weights_get_no_gradient():
     """On a projection that a gated MLP ends in, on one of attention, with dropout."""
-    peft = pytest.importorskip("peft")
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES))
     lora = peft.LoraConfig(r=2, target_modules=["down_proj", "q_proj"], lora_dropout=0.3, init_lora_weights=False)
     adapted = peft.get_peft_model(model, lora).train()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from training_cases import Prompts, config, distance, small_llama, timeless, trainer, weights
+from training_cases import Prompts, config, distance, small_llama, trainer, weights
 
 from clha.errors import UserError
 from clha.training import policy
@@ -21,7 +21,6 @@ from clha.training.objectives import LOSSES, count, objective
 from clha.training.trainer import ClhaTrainer
 
 HERE = Path(__file__).parent
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def trained(folder: Path, **settings) -> torch.Tensor:
@@ -230,71 +229,6 @@ def test_what_the_trainer_would_leave_aside_is_refused_in_one_line(tmp_path: Pat
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="no predictions, only metrics; use evaluate"):
         trainer(tmp_path).predict(Prompts(4))
-
-
-@pytest.mark.gpu
-@needs_cuda
-@pytest.mark.parametrize(
-    ("settings", "tolerance"),
-    [
-        ({}, 1e-2),
-        ({"gradient_checkpointing": True, "tokens_per_micro_batch": 300}, 1e-2),
-        ({"bf16": True, "gradient_checkpointing": True}, 0.1),
-    ],
-    ids=["float32", "checkpointing", "bf16"],
-)
-def test_a_step_on_cuda_is_that_of_the_cpu(
-    tmp_path: Path, one_step: torch.Tensor, settings: dict[str, Any], tolerance: float
-):
-    made = trainer(tmp_path, max_steps=1, optim="sgd", learning_rate=0.1, use_cpu=False, **settings)
-    assert made.abilities.shares_prompts and made.args.device.type == "cuda"
-    made.train()
-    assert {p.dtype for p in made.model.parameters()} == {torch.float32}
-    start = weights(small_llama())
-    assert distance(weights(made.model).cpu() - start, one_step - start) < tolerance
-    assert math.isfinite(made.evaluate()["eval_loss"])
-
-
-@pytest.mark.gpu
-@needs_cuda
-@pytest.mark.parametrize(("bf16", "tolerance"), [(False, 1e-2), (True, 0.1)], ids=["float32", "bf16"])
-def test_a_step_of_an_adapter_on_cuda_is_that_of_the_cpu(tmp_path: Path, bf16: bool, tolerance: float):
-    steps = []
-    for settings in ({}, {"use_cpu": False, "bf16": bf16}):
-        model = small_llama(lora=True)
-        adapter = [p for name, p in model.named_parameters() if "lora_" in name]
-        for parameter in adapter:  # half of them are zero at first, and the others then get no gradient
-            torch.nn.init.normal_(parameter, std=0.1)
-        start = torch.cat([p.detach().flatten() for p in adapter])
-        trainer(tmp_path, model=model, max_steps=1, optim="sgd", learning_rate=0.1, **settings).train()
-        assert [p.requires_grad for p in adapter] == [True] * 8
-        steps.append(torch.cat([p.detach().cpu().flatten() for p in adapter]) - start)
-    assert distance(steps[1], steps[0]) < tolerance
-
-
-@pytest.mark.gpu
-@needs_cuda
-@pytest.mark.parametrize("loss", LOSSES)
-def test_every_loss_and_its_metrics_on_cuda_are_those_of_the_cpu(tmp_path: Path, loss: str):
-    """Those of the DPO family compare with log-probabilities that the same device has computed before training."""
-    found = []
-    for cpu in (True, False):
-        made = trainer(tmp_path, loss=loss, max_steps=2, use_cpu=cpu)
-        made.train()
-        found.append(timeless([*metric_rows(made.state.log_history), made.evaluate()]))
-    for one, other in zip(*found, strict=True):
-        assert one == pytest.approx(other, rel=1e-2, abs=1e-4)
-
-
-@pytest.mark.gpu
-@needs_cuda
-def test_a_run_on_cuda_goes_on_from_its_checkpoint(tmp_path: Path):
-    whole = trainer(tmp_path, use_cpu=False, save_strategy="steps", save_steps=2)
-    whole.train()
-    resumed = trainer(tmp_path, use_cpu=False)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert distance(weights(resumed.model), weights(whole.model)) < 1e-5
-    assert [row["step"] for row in metric_rows(resumed.state.log_history)] == [1, 2, 3, 4]
 
 
 def test_an_epoch_shows_every_prompt_once_in_an_order_of_its_own(tmp_path: Path):
