@@ -135,6 +135,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--budget", type=int, help=f"tokens per micro-batch of ours; by device: {BUDGET}")
     parser.add_argument("--at-once", type=int, default=0, help="prompts per pass of the reference's way; 0: all")
     parser.add_argument("--checkpointing", action="store_true", help="compute activations again in backward, all ways")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks of the model, ours only")
     parser.add_argument("--lora", type=int, default=0, help="rank of an adapter to train instead of all weights")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--seed", type=int, default=0)
@@ -202,6 +203,7 @@ def report(args: argparse.Namespace, answers: dict[str, Any], peaks: list[float]
     prompts, where = args.prompts * args.repeat, work.get("device", f"{args.threads} threads")
     trained = f", LoRA of rank {args.lora}" if args.lora else ""
     trained += ", activations computed again" if args.checkpointing else ""
+    trained += ", ours compiled" if args.compile else ""
     weights = "" if has_weights(args.model) else ", random weights"
     print(f"{prompts} prompts, {args.n} candidates, {args.rounds} rounds, {where}, {clock}{trained}{weights}")
     print(

@@ -134,6 +134,7 @@ def ours(args: argparse.Namespace) -> tuple[Callable[[], float], dict[str, float
         tokens_per_micro_batch=args.budget,
         use_cpu=args.device == "cpu",
         bf16=args.device == "cuda",
+        torch_compile=args.compile,
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,

@@ -196,6 +196,7 @@ def _arguments(settings: Settings, job: Job, *, evaluates: bool) -> Any:
         seed=s.seed,
         bf16=s.bf16,
         gradient_checkpointing=s.gradient_checkpointing,
+        torch_compile=s.torch_compile,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         logging_steps=s.logging_steps,
         logging_first_step=True,

@@ -15,7 +15,8 @@ class ClhaConfig(TrainingArguments):
     """`TrainingArguments` with the settings of the losses.
 
     `per_device_train_batch_size` counts prompts, each with all its responses. A step is the same however it is cut
-    into accumulation steps, micro-batches and processes (`normalization="batch"`).
+    into accumulation steps, micro-batches and processes (`normalization="batch"`). `torch_compile` compiles the
+    model's blocks, which takes up to a minute when training starts.
 
     `reward_gap` and `sft_threshold` give a `datasets.Dataset` with rewards the weights that it does not bring: a pair
     counts where its rewards are more than `reward_gap` apart, the SFT part where the reward of its response is above
@@ -72,7 +73,12 @@ class ClhaConfig(TrainingArguments):
                 "fp16, fp16_full_eval and bf16_full_eval are not supported: the loss scaling of float16 overflows on "
                 "purpose, and evaluation computes as training does; use bf16=True"
             )
+        if self.torch_compile_backend or self.torch_compile_mode:
+            raise ValueError("torch_compile_backend and torch_compile_mode are not supported: torch_compile=True is")
+        # Blocks are compiled when the trainer is made; accelerate would compile all of the model, layout and attention.
+        compiled, self.torch_compile = self.torch_compile, False
         super().__post_init__()
+        self.torch_compile = compiled
         # One value for `label_smoothing`: TrainingArguments has one for cross-entropy, which is not used here.
         self.label_smoothing_factor = 0.0
         if self.loss not in LOSSES:

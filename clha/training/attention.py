@@ -27,6 +27,7 @@ def register() -> None:
     AttentionInterface.register(NAME, shared_prompt_attention)
 
 
+@torch.compiler.disable  # it is compiled by itself, or not at all: a compiled block calls it as it is
 def shared_prompt_attention(
     module: torch.nn.Module,
     query: Tensor,

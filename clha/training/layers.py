@@ -1,9 +1,9 @@
-"""Layers of a model on the CPU, with fewer passes over memory and less kept for backward.
+"""Layers of a model with fewer passes over memory, and on the CPU less kept for backward.
 
 PyTorch computes RMSNorm and SwiGLU as half a dozen operations each, every one of which reads and writes whole tensors
 and keeps what it read. Here they work in place where they can, and backward starts from the inputs alone. Inside
 `adding_in_place`, gradients of weights are added to those of earlier micro-batches by the matrix product itself. For
-float32 on the CPU; everything else goes the model's own way.
+float32 on the CPU; everything else goes the model's own way, or is compiled where that is asked for (`compile_blocks`).
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 _MARK = "_clha_fused"
 _in_place = False
@@ -39,6 +40,21 @@ def fuse(model: torch.nn.Module, accumulate: bool = False) -> None:
         if forward is not None:
             setattr(module, _MARK, True)
             module.forward = types.MethodType(forward, module)
+
+
+def compile_blocks(model: torch.nn.Module) -> None:
+    """Let the blocks of `model` be compiled by `torch.compile`, all by one program. Undo with `unfuse`.
+
+    Around attention: that is called between two compiled parts. What wraps blocks (checkpoints, hooks of sharding)
+    stays outside. Rows may have any length.
+    """
+    # Kinds of layers, precisions, with gradients and without: more than the eight programs of PyTorch's own limit,
+    # beyond which it would go on uncompiled.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer) and "forward" not in vars(module):
+            setattr(module, _MARK, True)
+            module.forward = torch.compile(module.forward, dynamic=True)
 
 
 def unfuse(model: torch.nn.Module) -> None:

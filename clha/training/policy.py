@@ -36,7 +36,11 @@ class Abilities:
 
 
 def attach(
-    model: PreTrainedModel, share_prompts: bool = True, logits_bytes: int = LOGITS_BYTES, accumulate: bool = False
+    model: PreTrainedModel,
+    share_prompts: bool = True,
+    logits_bytes: int = LOGITS_BYTES,
+    accumulate: bool = False,
+    compiled: bool = False,
 ) -> Abilities:
     """Teach `model` (or the model inside a peft wrapper) to answer `response_logps` calls, see `response_logps`.
 
@@ -47,6 +51,7 @@ def attach(
         share_prompts: False to lay every response out with its prompt.
         logits_bytes: see `clha.training.logprobs`.
         accumulate: see `clha.training.layers.fuse`.
+        compiled: see `clha.training.layers.compile_blocks`; in place of this project's own layers.
     """
     causal = causal_model(model)
     detach(model)
@@ -56,6 +61,9 @@ def attach(
     abilities = _find_out(causal, share_prompts, reference_attention, accumulate)
     causal.set_attn_implementation(attention.NAME if abilities.shares_prompts else reference_attention)
     causal.forward = types.MethodType(_forward(causal, abilities, own_attention, logits_bytes), causal)
+    if compiled:
+        layers.unfuse(causal)  # what was replaced would be in the compiler's way
+        layers.compile_blocks(causal)
     return abilities
 
 

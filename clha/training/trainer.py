@@ -74,7 +74,9 @@ class ClhaTrainer(SavingTrainer):
             **others,
         )
         self._alone = args.world_size == 1
-        self.abilities = policy.attach(model, args.share_prompts, args.logits_megabytes << 20, self._alone)
+        self.abilities = policy.attach(
+            model, args.share_prompts, args.logits_megabytes << 20, self._alone, args.torch_compile
+        )
         self.notes = [self.abilities.reason] if self.abilities.reason else []  # lines that a person should read
         for note in self.notes:
             _LOG.warning(note)

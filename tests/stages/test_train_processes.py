@@ -1,5 +1,6 @@
 """train in several processes: the same result as in one, and an end without anything hanging."""
 
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -137,6 +138,20 @@ def test_sharded_with_gradient_checkpointing_the_best_weights_are_kept_as_in_one
     assert one.manifest["notes"][-1] == two.manifest["notes"][-1]
     assert one.manifest["notes"][-1] != f"kept the weights of checkpoint-{one.manifest['steps']}"
     assert distance(two, one) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_compiled_blocks_train_as_they_are_sharded_too(home: Home, tiny_model: Path, tmp_path: Path):
+    inputs = tables(home, AutoTokenizer.from_pretrained(tiny_model))
+    changes = {"epochs": 1.0, "gradient_checkpointing": True}
+    events: list[dict[str, Any]] = []
+    one = train.build(work(Home(tmp_path / "one").create(), tiny_model, inputs, **changes))
+    changes |= {"torch_compile": True}
+    compiled = train.build(work(Home(tmp_path / "compiled").create(), tiny_model, inputs, **changes))
+    two = train.build(work(home, tiny_model, inputs, events, **changes, processes=2, sharding="full_shard"))
+    assert was_sharded(events)
+    assert distance(compiled, one) < 1e-4 and distance(two, one) < 1e-4
 
 
 @pytest.mark.slow

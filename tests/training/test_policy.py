@@ -1,5 +1,8 @@
 """Shared prompts against separate passes, for the families of architectures."""
 
+import functools
+import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -297,6 +300,65 @@ def test_the_block_mask_of_flex_attention_is_the_same_rule(window: int | None):
         want = create_block_mask(mask.mask_mod, None, None, segments.length, segments.length, device="cpu")
         for ours, theirs in zip(mask.as_tuple(flatten=False), want.as_tuple(flatten=False), strict=True):
             assert not isinstance(ours, torch.Tensor) or (ours.dtype == theirs.dtype and torch.equal(ours, theirs))
+
+
+# -- compiled blocks ---------------------------------------------------------------------------------------------
+
+COMPILER = pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.skipif(not shutil.which("c++"), reason="c++")])
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
+    """What turns the graphs of `torch.compile` into programs; "aot_eager" runs them as they are, forward and backward.
+
+    Nothing compiled before is known.
+    """
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=request.param))
+    yield request.param
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", COMPILER], indirect=True)
+@pytest.mark.parametrize(
+    "checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "checkpointing"]
+)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("mistral with a window", "gemma2", "gpt-neox")),
+    ],
+)
+def test_compiled_blocks_change_nothing(name: str, checkpointing: bool, backend: str):
+    model = make(SHARING[name]).eval()
+    assert policy.attach(model, compiled=True).shares_prompts
+    check_against_separate_passes(model, packed=True, checkpointing=checkpointing)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager"], indirect=True)
+def test_blocks_are_compiled_once_for_rows_of_every_length(backend: str):
+    """Four parts of a block: up to its attention, in it before and after the call, and the rest."""
+    from torch._dynamo.utils import counters
+
+    model, graphs = make(SHARING["llama"]), []
+    policy.attach(model, compiled=True)
+    counters.clear()
+    for prompts in (3, 5, 7, 2):
+        sums_of(model, pack(Prompts(prompts).items)).sum().backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+    policy.detach(model)
+    assert graphs == [4, 4, 4, 4]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager"], indirect=True)
+def test_detaching_takes_compiled_blocks_away_again(backend: str):
+    model = make(SHARING["llama"])
+    policy.attach(model, compiled=True)
+    blocks = list(model.model.layers)
+    assert all("forward" in vars(block) for block in blocks)
+    policy.detach(model)
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 # -- on a CUDA device --------------------------------------------------------------------------------------------

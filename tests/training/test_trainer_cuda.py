@@ -23,8 +23,10 @@ pytestmark = [
         ({}, 1e-2),
         ({"gradient_checkpointing": True, "tokens_per_micro_batch": 300}, 1e-2),
         ({"bf16": True, "gradient_checkpointing": True}, 0.1),
+        ({"torch_compile": True, "tokens_per_micro_batch": 300}, 1e-2),
+        ({"bf16": True, "torch_compile": True, "gradient_checkpointing": True}, 0.1),
     ],
-    ids=["float32", "checkpointing", "bf16"],
+    ids=["float32", "checkpointing", "bf16", "compiled", "bf16 compiled"],
 )
 def test_a_step_on_cuda_is_that_of_the_cpu(tmp_path: Path, settings: dict[str, Any], tolerance: float):
     step = {"max_steps": 1, "optim": "sgd", "learning_rate": 0.1}  # SGD, so that the step shows the gradient itself
