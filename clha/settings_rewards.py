@@ -21,6 +21,15 @@ class RewardLora(Group):
     batch_pairs: Positive = 32  # pairs of an optimizer step
     tokens_per_micro_batch: Positive = 8192  # in the key: it decides what dropout draws
     gradient_checkpointing: bool = execution(False)
+    # Shares of the training pairs that the learning curve is measured at beside all of them; each costs a fit.
+    curve: list[Annotated[float, Field(gt=0, lt=1)]] = []
+
+    @model_validator(mode="after")
+    def _ascending(self) -> "RewardLora":
+        if self.curve != sorted(set(self.curve)):
+            given = ", ".join(f"{share:g}" for share in self.curve)
+            raise ValueError(f"curve is {given}: each share must be larger than the one before")
+        return self
 
 
 class RewardFit(Group):

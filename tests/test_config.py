@@ -141,6 +141,16 @@ def test_paths_are_taken_from_where_they_are_written(file: Path, tmp_path: Path)
             "fit_reward={train: {encoder: e, method: lora, members: 3}, eval: {encoder: e}}",
             "members is 3, but method lora",
         ),
+        *(
+            (f"fit_reward={{train: {{encoder: e, lora: {{curve: {curve}}}}}, eval: {{encoder: e}}}}", expected)
+            for curve, expected in (
+                ("[0, 0.5]", "`fit_reward.train.lora.curve.0`: must be greater than 0 .it is 0"),
+                ("[0.5, 1]", "`fit_reward.train.lora.curve.1`: must be less than 1 .it is 1"),
+                ("0.5", "`fit_reward.train.lora.curve`: must be a list"),
+                ("[0.5, 0.25]", "`fit_reward.train.lora`: curve is 0.5, 0.25: each share must be larger than the one"),
+                ("[0.25, 0.25]", "curve is 0.25, 0.25: each share must be larger than the one before"),
+            )
+        ),
         ("policy=null", "`policy`: must be a mapping of settings .it is null"),
         ("policy.model=3", "`policy.model`: must be text .it is 3"),
         ("train.lora=3", "`train.lora`: must be a mapping of settings .it is 3"),

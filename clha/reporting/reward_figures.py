@@ -91,7 +91,7 @@ def learning_curves(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> Drawn:
 
 
 def more_pairs_note(points: Sequence[Mapping[str, Any]]) -> str:
-    """What the last doubling of the pairs brought; it is called a gain where it is beyond half the interval."""
+    """What the last step of the curve brought; it is called a gain where it is beyond half the interval."""
     if len(points) < 2:
         return "too few pairs for a curve."
     before, last = points[-2], points[-1]

@@ -1,6 +1,7 @@
 """Reward models behind one small interface: prompts with responses in, rewards out."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,13 @@ from numpy.typing import NDArray
 from clha.errors import UserError
 from clha.rewards.features import FrozenEncoder
 from clha.rewards.head import WEIGHTS, fitted_config, load_head
-from clha.rewards.interface import Done, RewardScorer, Scored, one_member, torch_dtype
+from clha.rewards.interface import Done, InProcess, RewardScorer, Scored, one_member, torch_dtype
 from clha.rewards.scoring import Padding, lengths_mask, padded, run_batches
 from clha.rewards.texts import Encoded, RewardInput, encode_all, text_encoder
 from clha.settings_rewards import RewardModel
 
 
-class EncoderHead:
+class EncoderHead(InProcess):
     """What `fit_reward` makes, in this run or another: linear heads on frozen features of an encoder.
 
     Raises UserError when the head does not fit the encoder.
@@ -51,7 +52,7 @@ class EncoderHead:
         return Scored(members.mean(axis=1), members, read.truncated, read.problems)
 
 
-class SequenceClassification:
+class SequenceClassification(InProcess):
     """A Hugging Face sequence classifier with one output, reading the conversation by its own chat template."""
 
     def __init__(self, model: Path, settings: RewardModel, device: str) -> None:
@@ -131,6 +132,10 @@ class Ensemble:
         problems = {row: why for s in scored for row, why in s.problems.items()}
         return Scored(members.mean(axis=1), members, truncated, problems)
 
+    def close(self) -> None:
+        for member in self._members:
+            member.close()
+
     def _share(self, progress: Done | None, member: int, inputs: int) -> Done | None:
         """Progress over all members from that of one."""
         if progress is None:
@@ -183,7 +188,12 @@ def load_scorer(
     device = device or scoring_device()
     if settings.type == "ensemble":
         assert isinstance(model, list)
-        loaded = [load_scorer(m, f, fitted, device) for m, f in zip(settings.members, model, strict=True)]
+        with ExitStack() as opened:  # where one cannot be loaded, those before it are closed
+            loaded = [
+                opened.enter_context(closing(load_scorer(m, f, fitted, device)))
+                for m, f in zip(settings.members, model, strict=True)
+            ]
+            opened.pop_all()
         return Ensemble(loaded, [m.scale for m in settings.members])
     if isinstance(model, HeadFolders):
         return EncoderHead(model.head, model.encoder, settings, device)

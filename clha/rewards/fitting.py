@@ -179,20 +179,19 @@ def learning_curve(
 ) -> list[CurvePoint]:
     """Accuracy against the number of pairs: in each fold heads are fitted on a growing part of the other folds.
 
-    Arguments as of `cross_validate`. The parts are nested, and of whole groups; the same pairs are judged at each
-    point. `pairs` is the mean over folds; a part of less than two groups is left out.
+    Arguments as of `cross_validate`. The same pairs are judged at each point. `pairs` is the mean over folds; a part of
+    less than two groups is left out.
     """
     fold = assign_folds(groups, folds, seed)
-    place = np.array([unit_of("curve", seed, g) for g in groups])
+    places = curve_places(groups, seed)
     differences = features[:, 0] - features[:, 1]
     points = []
     for share in _CURVE:
         margins, used = np.zeros(len(features)), 0
         for k in range(folds):
             rest = np.flatnonzero(fold != k)
-            cut = np.quantile(np.unique(place[rest]), share)
-            part = rest[place[rest] <= cut]
-            if len(np.unique(place[part])) < 2:
+            part = curve_part(places, rest, share)
+            if not len(part):
                 break
             used += len(part)
             margins[fold == k] = differences[fold == k] @ fit_head(differences[part], l2, weights[part])
@@ -200,6 +199,21 @@ def learning_curve(
             accuracy = float(np.average(margins > 0, weights=weights))
             points.append(CurvePoint(round(used / folds), accuracy, wilson_interval(accuracy, len(set(groups)))))
     return points
+
+
+def curve_places(groups: Sequence[Hashable], seed: int) -> Floats:
+    """[N], the order in which pairs enter the parts of a learning curve; pairs of one group enter together."""
+    return np.array([unit_of("curve", seed, g) for g in groups])
+
+
+def curve_part(places: Floats, among: NDArray[np.int64], share: float) -> NDArray[np.int64]:
+    """The first `share` of the groups of the pairs `among` (rows of `places`); a larger share contains a smaller one.
+
+    Nothing where that is less than two groups.
+    """
+    cut = np.quantile(np.unique(places[among]), share)
+    part = among[places[among] <= cut]
+    return part if len(np.unique(places[part])) >= 2 else part[:0]
 
 
 def _mean_error(values: Floats, weights: Floats, groups: Sequence[Hashable]) -> float:

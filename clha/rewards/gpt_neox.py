@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from clha.errors import UserError
-from clha.rewards.interface import Done, Scored, one_member, torch_dtype
+from clha.rewards.interface import Done, InProcess, Scored, one_member, torch_dtype
 from clha.rewards.scoring import Padding, lengths_mask, padded, run_batches
 from clha.rewards.texts import (
     Encoded,
@@ -122,7 +122,7 @@ class PrompterText:
         return list(read["input_ids"])
 
 
-class GptNeoxReward:
+class GptNeoxReward(InProcess):
     """The adapter: see `clha.rewards.adapters.RewardScorer`."""
 
     def __init__(self, folder: Path, settings: RewardModel, device: str) -> None:

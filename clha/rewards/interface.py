@@ -32,13 +32,23 @@ class RewardScorer(Protocol):
     """A loaded reward model.
 
     `score` depends on each input alone: batches, order and neighbours change rewards by less than 1e-5 in float32.
-    Rewards may be NaN or infinite; who calls decides what that means. `padding` counts the tokens computed so far.
+    Rewards may be NaN or infinite; who calls decides what that means. `padding` counts the tokens computed so far, also
+    after `close`, which whoever loaded it calls at the end.
     """
 
     @property
     def padding(self) -> Padding: ...
 
     def score(self, inputs: Sequence[RewardInput], progress: Done | None = None) -> Scored: ...
+
+    def close(self) -> None: ...
+
+
+class InProcess:
+    """A reward model in this process holds nothing but memory: there is nothing to close."""
+
+    def close(self) -> None:
+        pass
 
 
 def one_member(

@@ -16,6 +16,7 @@ from clha.rewards.texts import RewardInput, encode_all, text_encoder
 from clha.servers import Server
 from clha.settings_rewards import RewardModel
 
+_SETTING = "reward model: url"
 _CONCURRENT = 4
 _ANSWER_SECONDS = 600.0  # a batch may wait in the server's queue
 
@@ -30,18 +31,10 @@ class ServerReward:
         """
         assert settings.url is not None
         self.padding = Padding()
-        self._server = Server(settings.url, "reward model: url", _CONCURRENT)
         self._tokens = settings.tokens_per_batch
         self._texts = text_encoder(model, settings.max_tokens, closed=True)
-        server = self._server.served()
-        self._model = server.name
-        if serves_another(server.root, model):
-            raise UserError(f"reward model: {settings.url} serves {server.root}, which is not its model {model}")
-        if server.max_model_len is not None and server.max_model_len < self._texts.max_tokens:
-            raise UserError(
-                f"reward model: max_tokens is {self._texts.max_tokens}, but {settings.url} was started with "
-                f"{server.max_model_len}; lower one or raise the other"
-            )
+        self._model = _served_model(model, settings.url, self._texts.max_tokens)
+        self._server = Server(settings.url, _SETTING, _CONCURRENT)  # last: what was refused holds no connection
 
     def score(self, inputs: Sequence[RewardInput], progress: Done | None = None) -> Scored:
         places, encoded, problems = encode_all(self._texts, inputs)
@@ -58,6 +51,9 @@ class ServerReward:
                     progress(done)
         return one_member(len(inputs), places, encoded, rewards, problems)
 
+    def close(self) -> None:
+        self._server.close()
+
     def _ask(self, ids: list[list[int]]) -> list[float]:
         body = {"model": self._model, "input": ids, "task": "classify", "use_activation": False}
         where = f"{self._server.url}/pooling"
@@ -70,6 +66,20 @@ class ServerReward:
         if len(outputs) != len(ids):
             raise StageFailure(f"{where}: {len(ids)} texts asked for, {len(outputs)} answered")
         return [_single(output, where) for output in outputs]
+
+
+def _served_model(model: Path, url: str, max_tokens: int) -> str:
+    """The name that the server has for `model`. Raises UserError as `ServerReward`."""
+    with Server(url, _SETTING) as server:
+        served = server.served()
+    if serves_another(served.root, model):
+        raise UserError(f"reward model: {url} serves {served.root}, which is not its model {model}")
+    if served.max_model_len is not None and served.max_model_len < max_tokens:
+        raise UserError(
+            f"reward model: max_tokens is {max_tokens}, but {url} was started with {served.max_model_len}; lower one "
+            "or raise the other"
+        )
+    return served.name
 
 
 def _single(output: Any, where: str) -> float:

@@ -7,8 +7,8 @@ and accuracy, calibration and SFT threshold are those of the very model that is 
 import json
 import math
 import shutil
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,15 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save
 
-from clha.digests import seed_of
+from clha.digests import canonical_json, seed_of
 from clha.errors import StageFailure, UserError
 from clha.progress import Progress
 from clha.rewards.adapters import classifier_logits, classifier_rewards
 from clha.rewards.calibration import fit_temperature
-from clha.rewards.fitting import assign_folds
+from clha.rewards.fitting import CurvePoint, assign_folds, curve_part, curve_places, wilson_interval
 from clha.rewards.head import OWN_CONFIG
 from clha.rewards.report import cross_calibrated, judgement
-from clha.rewards.scoring import is_out_of_memory, length_batches
+from clha.rewards.scoring import is_out_of_memory, length_batches, report_to
 from clha.rewards.texts import Encoded
 from clha.settings_rewards import RewardFit, RewardLora
 from clha.store import write_atomic
@@ -34,6 +34,7 @@ from clha.store import write_atomic
 Floats = NDArray[np.float64]
 
 _CHECKPOINT = "adapter.safetensors"
+_POINT = "point.json"  # of the learning curve
 _MAX_GRAD_NORM = 1.0
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's, of each parameter
 
@@ -67,42 +68,119 @@ def tune(
 ) -> tuple[Any, dict[str, Any]]:
     """Train an adapter on all folds but the first, merge it, and judge the first fold by the result.
 
-    `scratch` keeps the adapter after each epoch, so that a killed fit goes on with the next one and ends with the same
-    model. At least two groups for each fold. Returns the merged sequence classifier, its rewards in log-odds, and the
-    report (fit.json). Raises UserError when the model cannot be a classifier or the adapter does not fit it,
-    StageFailure when a batch does not fit into memory or training diverges.
+    With `lora.curve` other models are trained before, in the same way, on parts of these pairs, and judge the same
+    fold. `scratch` keeps the adapter after each epoch and what each of these models judged, so that a killed fit goes
+    on with the next epoch and ends with the same model and report. At least two groups for each fold. Returns the
+    merged sequence classifier, its rewards in log-odds, and the report (fit.json). Raises UserError when the model
+    cannot be a classifier or the adapter does not fit it, StageFailure when a batch does not fit into memory or
+    training diverges.
     """
     held: NDArray[np.bool_] = np.asarray(assign_folds(texts.groups, fit.folds, fit.seed) == 0)
-    model = _with_adapter(encoder, fit)
-    model.to(torch.device(device))
-    losses = _train(model, texts, ~held, pad_id, fit, scratch, progress)
-    merged: Any = model.merge_and_unload()
-    merged.eval()
-    progress.log(f"judging {int(held.sum())} held-out pairs")
-    groups = [g for g, h in zip(texts.groups, held, strict=True) if h]
-    pairs, weights = texts.pairs[held], texts.weights[held]
-    rows = np.unique(pairs)
-    rewards = np.full(len(texts.encoded), np.nan)
-    rewards[rows] = classifier_rewards(
-        merged, [texts.encoded[r] for r in rows], pad_id, tokens_per_batch=fit.tokens_per_batch
-    )
-    if not np.isfinite(rewards[rows]).all():
-        raise StageFailure("the trained reward model gives rewards that are not finite; lower its lora.learning_rate")
+    task = _Task(encoder, texts, held, pad_id, fit, device, progress)
+    rest = np.flatnonzero(~held)
+    places = curve_places(texts.groups, fit.seed)
+    parts = [curve_part(places, rest, share) for share in fit.lora.curve]
+    by_size = {len(rows): rows for rows in parts if len(rows)}  # one contains the other: of one size they are the same
+    done, total = 0, sum(task.steps(rows) for rows in (*by_size.values(), rest))
+    curve = []
+    for size, rows in by_size.items():  # before the model that is kept: there are never two in memory
+        stepped = report_to(progress, total, "steps", done)
+        curve.append(_curve_point(task, rows, scratch / f"curve-{size}", stepped))
+        done += task.steps(rows)
+    merged, losses = _trained(task, rest, scratch, report_to(progress, total, "steps", done))
+    rewards = _held_out_rewards(task, merged)
+    groups, pairs, weights = task.held_groups, texts.pairs[held], texts.weights[held]
     judged = rewards[pairs]
     margins = judged[:, 0] - judged[:, 1]
     factor = fit_temperature(margins, weights)
     _scale_head(merged, factor)
     calibrated = cross_calibrated(margins, weights, groups, 2, fit.seed)
     report = judgement(judged, judged * factor, calibrated, factor, weights, groups, texts.lengths[pairs])
+    if fit.lora.curve:
+        report["learning_curve"] = [*curve, _curve_row(task, rewards, len(rest))]
     chosen = np.unique(pairs[:, 0])
     return merged, report | {
         "groups": len(set(groups)),
-        "pairs_trained_on": int((~held).sum()),
+        "pairs_trained_on": len(rest),
         "held_out": f"1 of {fit.folds} folds",
         "losses": losses,
         "members": {"count": 1},
         "sft_threshold": float(np.quantile(rewards[chosen] * factor, fit.sft_quantile)),
     }
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What the model that is kept and those of the learning curve have in common: all but the pairs trained on."""
+
+    encoder: Path
+    texts: LabelledTexts
+    held: NDArray[np.bool_]  # [N], the pairs that are judged
+    pad_id: int
+    fit: RewardFit
+    device: str
+    progress: Progress
+
+    @property
+    def held_groups(self) -> list[Hashable]:
+        return [g for g, h in zip(self.texts.groups, self.held, strict=True) if h]
+
+    def steps(self, rows: NDArray[np.int64]) -> int:
+        """Optimizer steps of training on the pairs `rows`, all epochs together."""
+        return -(-len(rows) // self.fit.lora.batch_pairs) * self.fit.lora.epochs
+
+
+def _curve_point(task: _Task, rows: NDArray[np.int64], scratch: Path, stepped: Callable[[int], None]) -> dict[str, Any]:
+    """A row of the learning curve: a model is trained on the pairs `rows`, judges, and is dropped.
+
+    The row is kept in `scratch`, where an earlier attempt may have left it.
+    """
+    kept = scratch / _POINT
+    if kept.is_file():
+        row: dict[str, Any] = json.loads(kept.read_bytes())
+        task.progress.log(f"learning curve: {len(rows)} pairs were finished by an earlier attempt")
+        stepped(task.steps(rows))
+        return row
+    task.progress.log(f"learning curve: training on {len(rows)} pairs")
+    model, _ = _trained(task, rows, scratch, stepped)
+    row = _curve_row(task, _held_out_rewards(task, model), len(rows))
+    write_atomic(kept, canonical_json(row).encode())
+    (scratch / _CHECKPOINT).unlink()
+    return row
+
+
+def _curve_row(task: _Task, rewards: Floats, trained_on: int) -> dict[str, Any]:
+    """Accuracy of the held-out `rewards` [R] of a model that was trained on so many pairs."""
+    judged = rewards[task.texts.pairs[task.held]]
+    accuracy = float(np.average(judged[:, 0] > judged[:, 1], weights=task.texts.weights[task.held]))
+    return asdict(CurvePoint(trained_on, accuracy, wilson_interval(accuracy, len(set(task.held_groups)))))
+
+
+def _trained(
+    task: _Task, rows: NDArray[np.int64], scratch: Path, stepped: Callable[[int], None]
+) -> tuple[Any, list[float]]:
+    """A classifier trained on the pairs `rows`, its adapter merged, and the mean loss of each epoch."""
+    model = _with_adapter(task.encoder, task.fit)
+    model.to(torch.device(task.device))
+    losses = _train(model, task, rows, scratch, stepped)
+    merged: Any = model.merge_and_unload()
+    return merged.eval(), losses
+
+
+def _held_out_rewards(task: _Task, model: Any) -> Floats:
+    """[R], rewards of the responses of held-out pairs, NaN for the others.
+
+    Raises StageFailure where one of them is not finite.
+    """
+    task.progress.log(f"judging {int(task.held.sum())} held-out pairs")
+    encoded, rows = task.texts.encoded, np.unique(task.texts.pairs[task.held])
+    rewards = np.full(len(encoded), np.nan)
+    rewards[rows] = classifier_rewards(
+        model, [encoded[r] for r in rows], task.pad_id, tokens_per_batch=task.fit.tokens_per_batch
+    )
+    if not np.isfinite(rewards[rows]).all():
+        raise StageFailure("the trained reward model gives rewards that are not finite; lower its lora.learning_rate")
+    return rewards
 
 
 def _with_adapter(encoder: Path, fit: RewardFit) -> Any:
@@ -145,20 +223,17 @@ def _first_line(error: Exception) -> str:
 
 
 def _train(
-    model: Any,
-    texts: LabelledTexts,
-    among: NDArray[np.bool_],
-    pad_id: int,
-    fit: RewardFit,
-    scratch: Path,
-    progress: Progress,
+    model: Any, task: _Task, rows: NDArray[np.int64], scratch: Path, stepped: Callable[[int], None]
 ) -> list[float]:
-    """Train the adapter on the pairs `among` [N]; returns the mean loss of each epoch."""
-    lora, rows = fit.lora, np.flatnonzero(among)
+    """Train the adapter on the pairs `rows`; returns the mean loss of each epoch.
+
+    `stepped` hears how many optimizer steps are done.
+    """
+    texts, fit, lora, progress = task.texts, task.fit, task.fit.lora, task.progress
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lora.learning_rate, weight_decay=lora.weight_decay)
-    steps = -(-len(rows) // lora.batch_pairs)
-    total = steps * lora.epochs
+    total = task.steps(rows)
+    steps = total // lora.epochs
     losses = _restore(scratch / _CHECKPOINT, parameters, optimizer)
     if losses:
         progress.log(f"goes on after epoch {len(losses)} of {lora.epochs}")
@@ -172,7 +247,7 @@ def _train(
             for group in optimizer.param_groups:
                 group["lr"] = lora.learning_rate * (1 - done / total)
             batch = order[step * lora.batch_pairs : (step + 1) * lora.batch_pairs]
-            summed += _backward(model, texts, batch, pad_id, lora)
+            summed += _backward(model, texts, batch, task.pad_id, lora)
             if not math.isfinite(summed):
                 raise StageFailure(
                     f"the loss is not finite at step {done + 1} of {total}; lower fit_reward's lora.learning_rate"
@@ -180,7 +255,7 @@ def _train(
             torch.nn.utils.clip_grad_norm_(parameters, _MAX_GRAD_NORM)
             optimizer.step()
             optimizer.zero_grad()
-            progress.update(done + 1, total, "steps")
+            stepped(done + 1)
         losses.append(summed / float(texts.weights[rows].sum()))
         _keep(scratch / _CHECKPOINT, parameters, optimizer, losses)
         progress.log(f"epoch {epoch + 1} of {lora.epochs}: loss {losses[-1]:.4f}")

@@ -151,11 +151,14 @@ def _fit_node(role: str, fit: RewardFit) -> Node:
     # A head's key does not name its method: it is that of the heads fitted before there was another one.
     lora = fit.method == "lora"
     unused = ("layer", "pooling", "l2", "members") if lora else ("method", "lora")
+    own = fit.key_settings(*unused) | {"split": f"reward_{role}"}
+    if lora and not fit.lora.curve:
+        del own["lora"]["curve"]  # nor does that of a model without a learning curve speak of one
     return Node(
         f"fit_reward.{role}",
         "fit_reward",
         ("prepare",),
-        fit.key_settings(*unused) | {"split": f"reward_{role}"},
+        own,
         {"encoder": fit.encoder},
         ("torch", "transformers", "peft") if lora else ("torch", "transformers"),
         (f"reward_{role}",),

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -124,22 +125,23 @@ def _score(work: "Work", role: str, inputs: list[RewardInput], labels: Sequence[
     scorer = None
     out: list[tuple[float, bool, str]] = []
     done, name = 0, "unseen reward model" if role == "evaluate" else "training reward model"
-    for start in range(0, len(inputs), _SHARD_ROWS):
-        chunk = slice(start, start + _SHARD_ROWS)
-        path = work.writer.scratch / f"{role}-{digest_of(labels[chunk])[:24]}.parquet"
-        if not path.is_file():
-            if scorer is None:
-                scorer = load_scorer(
-                    settings, model_folders(work.models, f"{role}.reward"), fitted.folder if fitted else None
-                )
-            scored = scorer.score(inputs[chunk], report_to(work.progress, len(inputs), f"answers, {name}", done))
-            problems = [scored.problems.get(i, "") for i in range(len(scored.rewards))]
-            columns = {"reward": scored.rewards, "truncated": scored.truncated, "problem": problems}
-            write_parquet_atomic(path, pa.table(columns))
-        table = read_parquet(path)
-        out += zip(*(table[c].to_pylist() for c in ("reward", "truncated", "problem")), strict=True)
-        done += table.num_rows
-        work.progress.update(done, len(inputs), f"answers, {name}")
+    with ExitStack() as opened:
+        for start in range(0, len(inputs), _SHARD_ROWS):
+            chunk = slice(start, start + _SHARD_ROWS)
+            path = work.writer.scratch / f"{role}-{digest_of(labels[chunk])[:24]}.parquet"
+            if not path.is_file():
+                if scorer is None:
+                    folders = model_folders(work.models, f"{role}.reward")
+                    loaded = load_scorer(settings, folders, fitted.folder if fitted else None)
+                    scorer = opened.enter_context(closing(loaded))
+                scored = scorer.score(inputs[chunk], report_to(work.progress, len(inputs), f"answers, {name}", done))
+                problems = [scored.problems.get(i, "") for i in range(len(scored.rewards))]
+                columns = {"reward": scored.rewards, "truncated": scored.truncated, "problem": problems}
+                write_parquet_atomic(path, pa.table(columns))
+            table = read_parquet(path)
+            out += zip(*(table[c].to_pylist() for c in ("reward", "truncated", "problem")), strict=True)
+            done += table.num_rows
+            work.progress.update(done, len(inputs), f"answers, {name}")
     return out
 
 

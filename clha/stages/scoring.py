@@ -6,6 +6,7 @@ import multiprocessing
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,19 +74,21 @@ def _score(scoring: Scoring, claim: Callable[[int], bool], device: str, report: 
     messages = {r["prompt_id"]: r["messages"] for r in scoring.prepare.rows("prompts", columns)}
     scorer: RewardScorer | None = None
     fresh, start, seconds = 0, 0, 0.0
-    for index, rows in enumerate(_slices(scoring.generate.shards("candidates"), scoring.shard_size)):
-        if claim(index):
-            if scorer is None:
-                scorer = load_scorer(scoring.reward, scoring.model, scoring.fitted, device)
-            began = time.monotonic()
-            scored = scorer.score(_inputs(rows, messages), lambda n, before=start: report(before + n))  # type: ignore[misc]
-            seconds += time.monotonic() - began
-            good, bad = _rows(rows, scored)
-            scoring.writer.write_quarantine(index, bad)
-            scoring.writer.write_shard("rewards", index, good, REWARDS)
-            fresh += len(rows)
-        start += len(rows)
-        report(start)
+    with ExitStack() as opened:
+        for index, rows in enumerate(_slices(scoring.generate.shards("candidates"), scoring.shard_size)):
+            if claim(index):
+                if scorer is None:
+                    loaded = load_scorer(scoring.reward, scoring.model, scoring.fitted, device)
+                    scorer = opened.enter_context(closing(loaded))
+                began = time.monotonic()
+                scored = scorer.score(_inputs(rows, messages), lambda n, before=start: report(before + n))  # type: ignore[misc]
+                seconds += time.monotonic() - began
+                good, bad = _rows(rows, scored)
+                scoring.writer.write_quarantine(index, bad)
+                scoring.writer.write_shard("rewards", index, good, REWARDS)
+                fresh += len(rows)
+            start += len(rows)
+            report(start)
     padding = scorer.padding if scorer else None
     return Done(seconds, fresh, padding.tokens if padding else 0, padding.padded if padding else 0, device)
 

@@ -113,7 +113,7 @@ def test_no_known_metrics_give_no_curves() -> None:
     assert training_figures.better_and_worse({"step": np.arange(3.0)}) is None
 
 
-def test_a_learning_curve_says_what_the_last_doubling_brought() -> None:
+def test_a_learning_curve_says_what_its_last_step_brought() -> None:
     """60% to 70%, interval [0.66, 0.74]: 10 points are beyond 4; 69% to 70% is not."""
     last = {"pairs": 80, "accuracy": 0.70, "interval": [0.66, 0.74]}
     steep = reward_figures.more_pairs_note([{"pairs": 40, "accuracy": 0.60, "interval": [0.5, 0.7]}, last])

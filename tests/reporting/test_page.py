@@ -119,17 +119,37 @@ def test_a_run_that_is_not_evaluated_yet_has_a_report_of_what_there_is(tmp_path:
     assert "Prompts per split" in only_prepare
 
 
-def test_a_reward_model_trained_by_an_adapter_has_a_card_without_the_figures_of_heads(tmp_path: Path) -> None:
-    made = fabricate(tmp_path, prompts=60, tests=20)
+def trained_by_an_adapter(made: Fabricated, without: tuple[str, ...]) -> None:
+    """Make the training reward model one of method lora, whose fit.json lacks these fields of a head's."""
     fitted = made.nodes["fit_reward.train"]
     fit = json.loads((fitted.folder / "fit.json").read_text())
-    for name in ("l2", "agreement_between_halves", "learning_curve"):
+    for name in without:
         del fit[name]
     (fitted.folder / "fit.json").write_text(json.dumps(fit | {"pairs_trained_on": 640}))
     config = fitted.folder / "reward_model" / "config.json"
     config.write_text(json.dumps({"model_type": "llama", "clha": json.loads(config.read_text())}))
+
+
+def learning_curves(html: str) -> list[str]:
+    """Whose learning curves the page has, by the figure's own description."""
+    said = re.search(r"Line chart of accuracy over the number of pairs\. ([^\"<]*)", html)
+    assert said
+    return [name.strip() for name in re.findall(r"([a-z ]+): \d", said[1])]
+
+
+def test_a_reward_model_trained_by_an_adapter_has_its_learning_curve_beside_that_of_a_head(tmp_path: Path) -> None:
+    made = fabricate(tmp_path, prompts=60, tests=20)
+    trained_by_an_adapter(made, without=("l2", "agreement_between_halves"))
+    html = build_report(made.home, made.run, made.nodes).read_text()
+    assert learning_curves(html) == ["training reward model", "judge"]
+
+
+def test_a_reward_model_trained_by_an_adapter_has_a_card_without_the_figures_of_heads(tmp_path: Path) -> None:
+    made = fabricate(tmp_path, prompts=60, tests=20)
+    trained_by_an_adapter(made, without=("l2", "agreement_between_halves", "learning_curve"))
     html = build_report(made.home, made.run, made.nodes).read_text()
     assert "640 other pairs" in html and html.count("agreement of two halves") == 1, "the judge is a head"
+    assert learning_curves(html) == ["judge"]
     lines = dict(noise_lines(noise_facts(made.nodes, made.run, read_noise(made.nodes, made.run))))
     assert lines["reward model"].endswith("held-out pairs right")
 

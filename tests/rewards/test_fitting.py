@@ -11,6 +11,8 @@ from clha.rewards.fitting import (
     bootstrap_members,
     cross_validate,
     cross_validate_members,
+    curve_part,
+    curve_places,
     fit_head,
     learning_curve,
     length_bias,
@@ -174,6 +176,21 @@ def test_the_learning_curve_rises_with_the_pairs_and_ends_at_the_cross_validated
     whole = cross_validate(features, np.ones(400), groups, 1e-3, 5, 0)
     assert curve[-1].accuracy == pytest.approx((whole.margins > 0).mean())
     assert all(p.interval[0] < p.accuracy < p.interval[1] for p in curve)
+
+
+def test_parts_of_the_curve_are_nested_and_of_whole_groups() -> None:
+    """Three pairs in each of 40 groups; every fourth pair is not among those that are parted."""
+    groups = [f"g{i // 3}" for i in range(120)]
+    among = np.array([i for i in range(120) if i // 3 % 4])
+    places = curve_places(groups, 0)
+    parts = [set(curve_part(places, among, share).tolist()) for share in (0.1, 0.3, 0.5, 1.0)]
+    assert parts[0] < parts[1] < parts[2] < parts[3] == set(among.tolist())
+    for part in parts:
+        of_groups = {groups[i] for i in part}
+        assert part == {i for i in range(120) if groups[i] in of_groups}
+    assert [len(part) / 90 for part in parts] == pytest.approx([0.1, 0.3, 0.5, 1.0], abs=1 / 30)
+    assert set(curve_part(curve_places(groups, 1), among, 0.5).tolist()) != parts[2]
+    assert len(curve_part(places, among, 0.01)) == 0  # one group
 
 
 def test_parts_of_too_few_groups_are_left_out_of_the_curve() -> None:

@@ -17,18 +17,21 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
-from reward_cases import settings, write_candidates, write_prompts
+from reward_cases import candidate_row, node_work, prompt_row, settings, write_candidates, write_prompts
 
 from clha import servers
 from clha.errors import StageFailure, TransientFailure, UserError
 from clha.process import end_group
+from clha.rewards import server as adapter
 from clha.rewards.adapters import load_scorer
 from clha.rewards.texts import RewardInput
 from clha.runs import Run
 from clha.settings_rewards import RewardModel
+from clha.stages import rescore
 from clha.stages.chain import nodes, plan_node
 from clha.store import Home
 
@@ -252,3 +255,71 @@ def test_an_answer_without_rewards_is_refused(
     url = answering(lambda path, headers, body: (200, {"odd": 1} if body else serving("/m").get(path, {})))
     with pytest.raises(StageFailure, match="lacks 'data'"):
         load_scorer(asks(url), reward_model, None, "cpu").score(inputs(1))
+
+
+@pytest.fixture
+def clients(monkeypatch: pytest.MonkeyPatch) -> list[httpx.Client]:
+    """The HTTP clients that reward models open, in order."""
+    made: list[httpx.Client] = []
+
+    class Listed(servers.Server):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            made.append(self._client)
+
+    monkeypatch.setattr(adapter, "Server", Listed)
+    return made
+
+
+def rewarding(path: str, headers: dict[str, str], body: dict[str, Any]) -> tuple[int, Any]:
+    """A server whose reward is the number of tokens."""
+    if not body:
+        return 200, serving("/models/judge").get(path, {})
+    return 200, {"data": [{"index": i, "data": [float(len(ids))]} for i, ids in enumerate(body["input"])]}
+
+
+def test_an_ensemble_closes_the_client_of_a_server_in_it(
+    reward_model: Path, answering: Callable[[Callable[..., Any]], str], clients: list[httpx.Client]
+) -> None:
+    local = RewardModel(type="sequence_classification", model="m", max_tokens=400)
+    both = RewardModel(type="ensemble", members=[local, asks(answering(rewarding))])
+    scorer = load_scorer(both, [reward_model, reward_model], None, "cpu")
+    assert scorer.score(inputs(3)).members.shape == (3, 2)
+    assert not clients[-1].is_closed
+    scorer.close()
+    assert all(client.is_closed for client in clients)
+
+
+def test_a_member_that_cannot_be_loaded_leaves_no_client_open(
+    reward_model: Path, answering: Callable[[Callable[..., Any]], str], clients: list[httpx.Client]
+) -> None:
+    """Neither its own, nor those of the members before it."""
+    both = RewardModel(type="ensemble", members=[asks(answering(rewarding)), asks("http://127.0.0.1:9/v1")])
+    with pytest.raises(TransientFailure, match="no answer"):
+        load_scorer(both, [reward_model, reward_model], None, "cpu")
+    assert len(clients) == 3 and all(client.is_closed for client in clients)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_scoring_closes_its_client_at_the_end_and_when_it_fails(
+    home: Home,
+    reward_model: Path,
+    answering: Callable[[Callable[..., Any]], str],
+    clients: list[httpx.Client],
+    fails: bool,
+) -> None:
+    def answer(path: str, headers: dict[str, str], body: dict[str, Any]) -> tuple[int, Any]:
+        return (200, {"odd": 1}) if body and fails else rewarding(path, headers, body)
+
+    prompts = [prompt_row([{"role": "user", "content": f"Question {i}?"}], "train") for i in range(4)]
+    candidates = [candidate_row(p, i, "tea " * (i + 1)) for p in prompts for i in range(2)]
+    tree = {"type": "server", "model": str(reward_model), "url": answering(answer), "max_tokens": 400}
+    chain = settings(rescore={"reward": tree, "sft_threshold": 0.0})
+    made = {"prepare": write_prompts(home, prompts), "generate": write_candidates(home, candidates)}
+    work = node_work(home, chain, "score", made, {"rescore.reward": reward_model})
+    if fails:
+        with pytest.raises(StageFailure, match="lacks 'data'"):
+            rescore.build(work)
+    else:
+        assert rescore.build(work).manifest["rows_out"] == len(candidates)
+    assert clients and all(client.is_closed for client in clients)

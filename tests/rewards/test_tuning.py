@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from clha.errors import StageFailure, UserError
 from clha.progress import Event
 from clha.rewards import tuning
 from clha.rewards.adapters import SequenceClassification, load_scorer
-from clha.rewards.fitting import assign_folds
+from clha.rewards.fitting import CurvePoint, assign_folds
 from clha.rewards.texts import RewardInput
 from clha.rewards.tuning import bradley_terry_loss
 from clha.settings import Settings
@@ -48,6 +49,24 @@ def fit_work(home: Home, model: Path, chain: Settings, rows: list[dict[str, Any]
 
 def fit_model(home: Home, model: Path, chain: Settings, rows: list[dict[str, Any]] | None = None) -> Artifact:
     return fit_reward.build(fit_work(home, model, chain, preference_rows(ROWS) if rows is None else rows, []))
+
+
+class Killed(BaseException):
+    pass
+
+
+class Deadly(list[Event]):
+    """Hears events until so many log lines have had `last` in them: what a fit that is killed there has said."""
+
+    def __init__(self, last: str, times: int = 1) -> None:
+        super().__init__()
+        self._last, self._times = last, times
+
+    def append(self, event: Event) -> None:
+        self._times -= self._last in event.get("message", "")
+        if not self._times:
+            raise Killed
+        super().append(event)
 
 
 @pytest.fixture(scope="module")
@@ -120,17 +139,8 @@ def test_what_is_kept_is_a_plain_classifier_with_its_facts_in_its_configuration(
 def test_a_killed_fit_goes_on_after_its_last_epoch_and_ends_with_the_same_files(
     home: Home, tiny_model: Path, fitted: Artifact
 ) -> None:
-    class Killed(BaseException):
-        pass
-
-    class Deadly(list[Event]):
-        def append(self, event: Event) -> None:
-            if "epoch 2 of 3" in event.get("message", ""):
-                raise Killed
-            super().append(event)
-
     with pytest.raises(Killed):
-        fit_reward.build(fit_work(home, tiny_model, lora_settings(), preference_rows(ROWS), Deadly()))
+        fit_reward.build(fit_work(home, tiny_model, lora_settings(), preference_rows(ROWS), Deadly("epoch 2 of 3")))
     events: list[Event] = []
     resumed = fit_reward.build(fit_work(home, tiny_model, lora_settings(), preference_rows(ROWS), events))
     lines = [e["message"] for e in events if e["event"] == "log"]
@@ -156,6 +166,87 @@ def test_a_checkpoint_brings_back_weights_and_moments_also_of_what_had_no_gradie
     assert torch.equal(again[0], seen) and torch.equal(again[1], unseen)
     assert torch.equal(fresh.state[again[0]]["exp_avg"], optimizer.state[seen]["exp_avg"])
     assert again[1] not in fresh.state
+
+
+CURVE = {"curve": [0.25, 0.5]}
+
+
+@pytest.fixture(scope="module")
+def with_curve(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return fit_model(Home(tmp_path_factory.mktemp("curve")).create(), tiny_model, lora_settings(**CURVE))
+
+
+def test_the_learning_curve_ends_with_the_model_that_is_kept_and_changes_nothing_else(
+    with_curve: Artifact, fitted: Artifact, report: dict[str, Any]
+) -> None:
+    """A quarter, half and all of the 60 pairs that are not held out, as rows like those of heads."""
+    measured = json.loads((with_curve.folder / "fit.json").read_text())
+    curve = measured.pop("learning_curve")
+    assert [row["pairs"] for row in curve] == [15, 30, 60]
+    assert all(row.keys() == {f.name for f in fields(CurvePoint)} for row in curve)
+    assert all(row["interval"][0] < row["accuracy"] < row["interval"][1] for row in curve)
+    assert (curve[-1]["accuracy"], curve[-1]["interval"]) == (report["accuracy"], report["accuracy_interval"])
+    assert curve[0]["accuracy"] < curve[-1]["accuracy"]
+    assert measured == report and "learning_curve" not in report
+    assert with_curve.manifest["weights_digest"] == fitted.manifest["weights_digest"]
+
+
+def test_models_of_the_curve_train_on_nested_parts_and_never_on_the_held_out_fold(
+    home: Home, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0.01 is one dialogue of 60, too few; 0.505 is the same 30 as 0.5."""
+    trained_on: list[set[int]] = []
+    train = tuning._train
+
+    def listening(model: Any, task: Any, rows: np.ndarray, *rest: Any) -> list[float]:
+        trained_on.append(set(rows.tolist()))
+        assert not task.held[rows].any()
+        return train(model, task, rows, *rest)
+
+    monkeypatch.setattr(tuning, "_train", listening)
+    artifact = fit_model(home, tiny_model, lora_settings(epochs=1, curve=[0.01, 0.25, 0.5, 0.505]))
+    quarter, half, whole = trained_on
+    assert quarter < half < whole
+    curve = json.loads((artifact.folder / "fit.json").read_text())["learning_curve"]
+    assert [row["pairs"] for row in curve] == [len(quarter), len(half), len(whole)] == [15, 30, 60]
+
+
+@pytest.mark.parametrize(
+    ("killer", "finished", "epochs_left"),
+    [
+        (("learning curve: training on 30 pairs", 1), [15], 6),
+        (("epoch 2 of 3", 2), [15], 4),
+        (("epoch 2 of 3", 3), [15, 30], 1),
+    ],
+    ids=["between two models of the curve", "in the second one", "in the model that is kept"],
+)
+def test_a_fit_with_a_curve_goes_on_where_it_was_killed_and_ends_with_the_same_files(
+    home: Home,
+    tiny_model: Path,
+    with_curve: Artifact,
+    killer: tuple[str, int],
+    finished: list[int],
+    epochs_left: int,
+) -> None:
+    chain = lora_settings(**CURVE)
+    with pytest.raises(Killed):
+        fit_reward.build(fit_work(home, tiny_model, chain, preference_rows(ROWS), Deadly(*killer)))
+    events: list[Event] = []
+    resumed = fit_reward.build(fit_work(home, tiny_model, chain, preference_rows(ROWS), events))
+    lines = [e["message"] for e in events if e["event"] == "log"]
+    earlier = "learning curve: {} pairs were finished by an earlier attempt"
+    assert [line for line in lines if "earlier attempt" in line] == [earlier.format(n) for n in finished]
+    assert sum("of 3: loss" in line for line in lines) == epochs_left
+    assert resumed.content == with_curve.content
+    assert not [p for p in home.work.rglob("*") if p.is_file()]
+
+
+def test_progress_counts_the_steps_of_all_models_of_a_fit(home: Home, tiny_model: Path) -> None:
+    """Steps of 8 pairs, three epochs, on 15, 30 and 60 pairs: 3 * (2 + 4 + 8)."""
+    events: list[Event] = []
+    fit_reward.build(fit_work(home, tiny_model, lora_settings(**CURVE), preference_rows(ROWS), events))
+    steps = [(e["done"], e["total"]) for e in events if e["event"] == "progress" and e["unit"] == "steps"]
+    assert steps == [(done, 42) for done in range(1, 43)]
 
 
 def test_micro_batches_and_checkpointing_change_memory_and_not_results(home: Home, tiny_model: Path) -> None:
@@ -254,6 +345,15 @@ def test_settings_of_a_head_are_none_of_its_own() -> None:
     assert key(lora_settings()) == key(lora_settings({"layer": 1, "l2": 0.3, "pooling": "mean"}))
     assert key(lora_settings()) != key(lora_settings(rank=4))
     assert key(lora_settings()) == key(lora_settings(gradient_checkpointing=True))
+    assert key(lora_settings()) != key(lora_settings(curve=[0.5]))
+
+
+def test_the_key_of_a_model_without_a_learning_curve_does_not_know_of_curves() -> None:
+    """Models that were trained when there was none stay what they are."""
+    from clha.stages.chain import nodes
+
+    node = next(n for n in nodes(lora_settings(curve=[])) if n.name == "fit_reward.train")
+    assert "curve" not in node.settings["lora"]
 
 
 def test_the_key_of_a_head_knows_of_no_other_method() -> None:

@@ -236,8 +236,13 @@ def test_the_judge_reads_the_turns_that_the_policy_read(
     row = prompt_row(long, "test")
     seen: list[Any] = []
 
+    closed: list[bool] = []
+
     class Recorder:
         padding = Padding()
+
+        def close(self) -> None:
+            closed.append(True)
 
         def score(self, inputs: Any, progress: Any = None) -> Any:
             from clha.rewards.adapters import Scored
@@ -255,3 +260,4 @@ def test_the_judge_reads_the_turns_that_the_policy_read(
     work.inputs["answers.base"] = writer.finish(rows_in=1, rows_out=1, facts={})  # type: ignore[index]
     evaluate.build(work)
     assert [len(i.messages) for i in seen[:2]] == [1, 3]
+    assert len(closed) == 2, "both reward models"
