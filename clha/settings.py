@@ -6,7 +6,7 @@ those marked `place(...)`, files and folders: their content enters the key by it
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from clha.settings_group import DType, Group, Positive, Share, execution, place
 from clha.settings_rewards import FitReward, RewardModel
@@ -249,10 +249,11 @@ class Execution(Group):
 class NoiseStudy(Group):
     """Labels flipped on purpose, found by reward models, and short runs with and without weights."""
 
-    rates: list[Annotated[float, Field(ge=0, lt=0.5)]] = [0.4]  # shares of flipped labels
-    seeds: list[int] = [0, 1, 2]
+    # Shares of flipped labels.
+    rates: Annotated[list[Annotated[float, Field(ge=0, lt=0.5)]], Field(min_length=1)] = [0.4]
+    seeds: Annotated[list[int], Field(min_length=1)] = [0, 1, 2]
     # Whose own pairs are clean, or flipped as often.
-    arms: list[Literal["clean", "flipped"]] = ["clean", "flipped"]
+    arms: Annotated[list[Literal["clean", "flipped"]], Field(min_length=1)] = ["clean", "flipped"]
     # Ways to weight the training pairs; empty: detection only.
     weights: list[Literal["none", "calibrated", "shuffled", "length", "oracle"]] = [
         "none",
@@ -277,6 +278,20 @@ class NoiseStudy(Group):
     def trained_rates(self) -> list[float]:
         """The rates at which policies are trained."""
         return [r for r in self.rates if self.weights and (self.train_rates is None or r in self.train_rates)]
+
+    @property
+    def compares(self) -> bool:
+        """Whether the gains of some ways to weight over training without weights are asked for."""
+        return bool(self.trained_rates) and "none" in self.weights and len(self.weights) > 1
+
+    @field_validator("rates", "seeds", "arms", "weights", "train_rates")
+    @classmethod
+    def _no_doubles(cls, values: list[Any] | None) -> list[Any] | None:
+        """The same cell counted twice would pass for independent evidence."""
+        doubles = [v for i, v in enumerate(values or ()) if v in (values or ())[:i]]
+        if doubles:
+            raise ValueError(f"names {doubles[0]} more than once")
+        return values
 
     @model_validator(mode="after")
     def _train_rates(self) -> "NoiseStudy":

@@ -203,21 +203,30 @@ def result_summary(run: str, metrics: dict[str, Any] | None, report: str | None,
 
 
 def publish_noise(home: Home, run: Run) -> None:
-    """What a run's rewards and weights say about noise, as a table; the stage is done, whatever becomes of it."""
+    """What a run's rewards and weights say about noise; the stage is done, whatever becomes of it."""
     publish(lambda: _send_noise(home, run))
 
 
 def _send_noise(home: Home, run: Run) -> None:
-    from clha.reporting.noise_facts import noise_lines
-    from clha.stages.report import noise_of_run
+    """The table of figures, the pairs trusted least and most, and the reliability of the rewards where it is known."""
+    from clha.stages.report import noise_tables_of_run
 
     try:
-        facts = noise_of_run(home, run)
+        tables = noise_tables_of_run(home, run)
     except (UserError, StageFailure, LookupError, ValueError, OSError) as error:
         run_logger().warning(f"no table about noise for the UI: {reason_of(error)}")
         return
-    rows = [{"figure": what, "value": value} for what, value in noise_lines(facts)]
+    rows = [{"figure": what, "value": value} for what, value in tables.figures]
     create_table_artifact(rows, key=artifact_key(run.name, "noise"), description=f"noise of run {run.name}")
+    if tables.pairs:  # Markdown with its texts escaped: the UI reads Markdown in the cells of a table artifact, too
+        key = artifact_key(run.name, "noise", "pairs")
+        create_markdown_artifact(tables.pairs, key=key, description=f"least and most trusted pairs of run {run.name}")
+    if tables.reliability:
+        create_table_artifact(
+            tables.reliability,
+            key=artifact_key(run.name, "noise", "reliability"),
+            description=f"reliability of run {run.name} before and after calibration, each pair in both orders",
+        )
 
 
 def publish_study(run: str, results: dict[str, Any]) -> None:

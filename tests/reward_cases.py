@@ -136,6 +136,11 @@ def write_bert(folder: Path, layers: int = 1) -> Path:
     return folder
 
 
+def node_settings(settings: Settings, node: str) -> dict[str, Any]:
+    """What the manifest of a node of the chain holds as `settings`."""
+    return next(n.settings for n in nodes(settings) if n.name == node)
+
+
 def node_work(
     home: Home,
     settings: Settings,

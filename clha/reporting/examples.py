@@ -68,11 +68,12 @@ ORIGINS = {
 
 
 def pair_examples(
-    pairs: Pairs, nodes: Mapping[str, Artifact], *, known_scale: bool, count: int = 10
+    pairs: Pairs, nodes: Mapping[str, Artifact], *, known_scale: bool, count: int = 10, text_limit: int = TEXT_LIMIT
 ) -> dict[str, list[Example]]:
     """The `count` pairs whose order is least and most likely to be right: {"least", "most"}, one of each prompt.
 
     Pairs that the order says nothing about are left out. The probability is shown where the rewards' scale is known.
+    Responses are cut after `text_limit` characters.
     """
     said = np.flatnonzero(np.isfinite(pairs.log_odds))
     order = said[np.argsort(pairs.log_odds[said], kind="stable")]
@@ -96,7 +97,7 @@ def pair_examples(
             sides.append(
                 {
                     "label": label,
-                    "text": shown(row["text"]),
+                    "text": shown(row["text"], text_limit),
                     "reward": rewards[pid, candidate],
                     "origin": ORIGINS.get(row["origin"], row["origin"]),
                 }
@@ -124,9 +125,9 @@ def conversation(prompt: Mapping[str, Any]) -> Example:
     }
 
 
-def shown(text: str) -> str:
+def shown(text: str, limit: int = TEXT_LIMIT) -> str:
     """A text for showing; an empty one says so."""
-    return literal(text, TEXT_LIMIT) if text.strip() else "(empty)"
+    return literal(text, limit) if text.strip() else "(empty)"
 
 
 def _one_each(prompts: NDArray[np.int64], order: Iterable[int], count: int) -> list[int]:

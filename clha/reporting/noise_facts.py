@@ -12,7 +12,6 @@ from clha.reporting.length_bias import length_note, rank_correlation
 from clha.reporting.tables import Floats, Ordering, Pairs, pairs_of, read_json, scored_candidates
 from clha.reporting.text import number, percent
 from clha.rewards.trust import LabelTrust
-from clha.runs import Run
 from clha.store import Artifact
 
 Nodes = Mapping[str, Artifact]
@@ -31,26 +30,36 @@ class NoiseData:
     candidates: pa.Table
 
 
-def read_noise(nodes: Nodes, run: Run) -> NoiseData:
+def read_noise(nodes: Nodes) -> NoiseData:
     """Read the artifacts `NOISE_NODES`."""
     candidates = scored_candidates(nodes)
     rewards = nodes["score"].read("rewards", ["prompt_id", "candidate_id", "reward", "member_rewards"])
-    pairs = pairs_of(candidates, rewards, nodes["weigh"].read("weights"), ordering_of(nodes, run))
+    pairs = pairs_of(candidates, rewards, nodes["weigh"].read("weights"), ordering_of(nodes))
     return NoiseData(pairs, candidates)
 
 
-def ordering_of(nodes: Nodes, run: Run) -> Ordering:
-    """What the run's order of candidates rests on."""
-    rescore, facts = run.settings["rescore"], nodes["weigh"].manifest
+def ordering_of(nodes: Nodes) -> Ordering:
+    """What the order of candidates rests on, by the weights' own settings: the run's may have changed since."""
+    facts = nodes["weigh"].manifest
+    rescore = facts["settings"]
     trust = LabelTrust(np.array(facts["calibration_factors"]), (facts.get("flip_rate") or {}).get("used"))
     by_label = rescore["rank_by"] == "label"
     return Ordering(rescore["rank_by"], trust, by_label and rescore["noise"]["method"] != "from_column")
 
 
-def noise_facts(nodes: Nodes, run: Run, data: NoiseData) -> dict[str, Any]:
-    """The figures, as plain JSON values; None for what the run cannot tell."""
+def scale_is_known(nodes: Nodes) -> bool:
+    """Whether differences of rewards are log-odds: those of models that fit_reward made, or calibrated ones."""
+    if nodes["weigh"].manifest["settings"]["noise"]["calibration"] != "reward_model":
+        return True
+    reward = nodes["score"].manifest["settings"]["reward"]
+    parts = reward["members"] if reward["type"] == "ensemble" else [reward]
+    return all(part["type"] in ("fitted", "encoder_head") and part["scale"] == 1 for part in parts)
+
+
+def noise_facts(nodes: Nodes, data: NoiseData) -> dict[str, Any]:
+    """The figures, as plain JSON values; None for what the artifacts cannot tell."""
     pairs, facts = data.pairs, nodes["weigh"].manifest
-    rescore = run.settings["rescore"]
+    rescore = facts["settings"]
     kept = pairs.weight[pairs.kept]
     length = data.candidates["length"].to_numpy().astype(np.float64)
     correlation = rank_correlation(length, data.candidates["reward"].to_numpy())

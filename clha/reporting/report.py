@@ -45,7 +45,7 @@ def build_report(home: Home, run: Run, nodes: Mapping[str, Artifact]) -> Path:
 def _parts(run: Run, nodes: Mapping[str, Artifact]) -> dict[str, sections.Section | None]:
     return {
         "result": sections.result_section(nodes, run),
-        "noise": sections.noise_section(nodes, run),
+        "noise": sections.noise_section(nodes),
         "training": sections.training_section(nodes),
         "rewards": sections.reward_section(nodes),
         "data": sections.data_section(nodes),

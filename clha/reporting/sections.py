@@ -12,7 +12,7 @@ from clha.reporting import evaluation_figures, noise_figures, reward_figures, tr
 from clha.reporting.drawing import Drawn
 from clha.reporting.examples import answer_examples, pair_examples
 from clha.reporting.length_bias import length_note
-from clha.reporting.noise_facts import NOISE_NODES, noise_facts, noise_lines, read_noise
+from clha.reporting.noise_facts import NOISE_NODES, noise_facts, noise_lines, read_noise, scale_is_known
 from clha.reporting.tables import (
     Floats,
     paired_scores,
@@ -43,7 +43,7 @@ def result_section(nodes: Nodes, run: Run) -> Section | None:
     drawn = [
         evaluation_figures.gain_overview(_bars(metrics)),
         evaluation_figures.reward_differences(
-            scores.gain, reward["gain"], reward["interval"], float(run.settings["evaluate"]["tie"])
+            scores.gain, reward["gain"], reward["interval"], float(nodes["evaluate"].manifest["settings"]["tie"])
         ),
         evaluation_figures.lengths(
             scores.base_length,
@@ -152,14 +152,18 @@ def _subsets(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda r: -r["reward"]["prompts"]) if len(rows) > 1 else []
 
 
-def noise_section(nodes: Nodes, run: Run) -> Section | None:
+def noise_section(nodes: Nodes) -> Section | None:
     """Rewards of the candidates, pairs kept and dropped, the least and the most trusted ones."""
     if not {"prepare", *NOISE_NODES} <= nodes.keys():
         return None
-    data = read_noise(nodes, run)
-    facts = noise_facts(nodes, run, data)
+    data = read_noise(nodes)
+    facts = noise_facts(nodes, data)
     pairs, candidates = data.pairs, data.candidates
-    drawn = [noise_figures.candidate_rewards(_by_origin(candidates), pairs.best_reward, _sft_threshold(nodes, run))]
+    drawn = [
+        noise_figures.candidate_rewards(
+            _by_origin(candidates), pairs.best_reward, nodes["weigh"].manifest.get("sft_threshold")
+        )
+    ]
     if len(pairs.gap):
         drawn.append(noise_figures.pair_gaps(pairs.gap, pairs.kept, facts["cut"]))
         drawn.append(noise_figures.kept_by_distance(facts["kept_by_distance"]))
@@ -180,18 +184,8 @@ def noise_section(nodes: Nodes, run: Run) -> Section | None:
     return facts | {
         "figures": drawn,
         "table": noise_lines(facts),
-        "examples": pair_examples(pairs, nodes, known_scale=scale_is_known(run)) if len(pairs.gap) else {},
+        "examples": pair_examples(pairs, nodes, known_scale=scale_is_known(nodes)) if len(pairs.gap) else {},
     }
-
-
-def scale_is_known(run: Run) -> bool:
-    """Whether differences of rewards are log-odds: those of models that fit_reward made, or calibrated ones."""
-    rescore = run.settings["rescore"]
-    if rescore["noise"]["calibration"] != "reward_model":
-        return True
-    reward = rescore["reward"]
-    parts = reward["members"] if reward["type"] == "ensemble" else [reward]
-    return all(part["type"] in ("fitted", "encoder_head") and part["scale"] == 1 for part in parts)
 
 
 def _by_origin(candidates: pa.Table) -> dict[str, Floats]:
@@ -199,11 +193,6 @@ def _by_origin(candidates: pa.Table) -> dict[str, Floats]:
     names = np.asarray(candidates["origin"].to_pylist())
     values = candidates["reward"].to_numpy().astype(np.float64)
     return {str(name): np.sort(values[names == name]) for name in sorted(set(names.tolist()))}
-
-
-def _sft_threshold(nodes: Nodes, run: Run) -> float | None:
-    stated = nodes["weigh"].manifest.get("sft_threshold", run.settings["rescore"]["sft_threshold"])
-    return float(stated) if isinstance(stated, int | float) else None
 
 
 def reward_section(nodes: Nodes) -> Section | None:

@@ -1,6 +1,7 @@
 """Text of strangers and numbers, made fit to be shown: harmless, literal, short."""
 
 import re
+import string
 import unicodedata
 
 # Ends of lines and tabs are layout; all other control characters are shown by their number.
@@ -24,6 +25,11 @@ def _harmless(character: str) -> bool:
     if character == "\u200d":  # joins emoji
         return True
     return unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+
+
+def unmarked(text: str) -> str:
+    """Markdown, of one line, that shows `text`: no link, image, HTML or end of a table's cell is made by it."""
+    return re.sub(f"([{re.escape(string.punctuation)}])", r"\\\1", " ".join(text.split()))
 
 
 def number(value: float | None, digits: int | None = None, sign: bool = False) -> str:

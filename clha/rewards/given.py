@@ -29,7 +29,7 @@ class GivenWeights:
         """Read a Parquet file: prompt_id, better, worse (candidate ids), `column` (a number of at least 0).
 
         Rows of prompts that the run does not have, and of candidates whose rewards went to quarantine, are left out.
-        Raises UserError for anything else that cannot be a weight of two candidates.
+        Raises UserError for anything else that cannot be a weight of two candidates, and where no row is left.
         """
         where = f"weigh: rescore.noise.file {path}"
         try:
@@ -39,14 +39,13 @@ class GivenWeights:
         _check_columns(rows, column, where)
         codes = pc.index_in(rows["prompt_id"].cast(pa.string()), value_set=table.prompt_ids.cast(pa.string()))
         known = pc.is_valid(codes)
-        rows, code = rows.filter(known), codes.filter(known).to_numpy().astype(np.int64)
-        weights = rows[column].cast(pa.float64(), safe=False).to_numpy()  # nulls become NaN
-        if not (np.isfinite(weights) & (weights >= 0)).all():
-            bad = int(np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))[0])
+        if not pc.any(known).as_py():
+            what = "names no prompt of this run that has rewards" if rows.num_rows else "has no rows"
             raise UserError(
-                f"{where}: column `{column}` has a weight that is negative or not finite ({weights[bad]:g}, for "
-                f"{_named(rows, bad)}); give 0 to a pair that does not count"
+                f"{where}: {what}, so that every pair would weigh 0; prompt ids are those of the table prompts"
             )
+        rows, code = rows.filter(known), codes.filter(known).to_numpy().astype(np.int64)
+        weights = _stored(rows, column, where)
         sides = {name: rows[name].cast(pa.int64(), safe=False).to_numpy() for name in ("better", "worse")}
         same = sides["better"] == sides["worse"]
         if same.any():
@@ -66,6 +65,8 @@ class GivenWeights:
         keys = _pair_keys(code, sides["better"], sides["worse"])
         if len(np.unique(keys)) < len(keys):
             raise UserError(f"{where}: names a pair twice; one row for each pair (prompt_id, better, worse)")
+        if not kept.any():
+            raise UserError(f"{where}: each pair that it names has a candidate in score's quarantine; see its reasons")
         keys, weights = keys[kept], weights[kept]
         order = np.argsort(keys, kind="stable")
         return cls(keys[order], weights[order])
@@ -99,6 +100,24 @@ def _check_columns(rows: pa.Table, column: str, where: str) -> None:
             raise UserError(f"{where}: column `{name}` must hold {what}, it holds {kind}")
         if name != column and rows[name].null_count:
             raise UserError(f"{where}: column `{name}` has {rows[name].null_count} empty cells; each row names a pair")
+
+
+def _stored(rows: pa.Table, column: str, where: str) -> Floats:
+    """The weights as the table `weights` will hold them, in float32: what is too small for that is 0 from here on.
+
+    Raises UserError for one that is negative or not finite there.
+    """
+    given = rows[column].cast(pa.float64(), safe=False).to_numpy()  # nulls become NaN
+    with np.errstate(over="ignore"):
+        weights = given.astype(np.float32).astype(np.float64)
+    wrong = ~(np.isfinite(weights) & (given >= 0))
+    if wrong.any():
+        bad = int(np.flatnonzero(wrong)[0])
+        raise UserError(
+            f"{where}: column `{column}` has a weight that is negative or not finite in float32 ({given[bad]:g}, for "
+            f"{_named(rows, bad)}); give 0 to a pair that does not count"
+        )
+    return weights
 
 
 def _named(rows: pa.Table, i: int) -> str:

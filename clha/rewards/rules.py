@@ -26,6 +26,13 @@ def make_rule(
 
     `threshold`: of the SFT part; `trust`: see `label_trust`.
     """
+    rule, facts = _rule_of_method(table, settings, rank_by, threshold, trust)
+    return (_sparing_rejected(rule) if rank_by == "label" else rule), facts
+
+
+def _rule_of_method(
+    table: RewardTable, settings: Noise, rank_by: str, threshold: float, trust: LabelTrust
+) -> tuple[Rule, dict[str, Any]]:
     if settings.method == "none":
         return _all_ones(rank_by), {"gap": None}
     if settings.method in ("reference", "quantile"):
@@ -44,6 +51,16 @@ def make_rule(
         totals.add(rule(ranked))
     scale = noise.mean_one_scale(totals.weight, sum(totals.kept.values()))
     return _scaled(rule, scale), {"gap": None, "weight_scale": scale}
+
+
+def _sparing_rejected(rule: Rule) -> Rule:
+    """In label order a prompt whose chosen response has no reward begins with a rejected one: lambda is 0 there."""
+
+    def sparing(r: Ranked) -> Weighed:
+        w = rule(r)
+        return replace(w, sft_lambda=np.where(r.labels[:, 0] == -1, 0.0, w.sft_lambda))
+
+    return sparing
 
 
 def _observed_gap(table: RewardTable, rank_by: str, quantile: float) -> float:
@@ -97,7 +114,8 @@ def _calibrated(rank_by: str, threshold: float, trust: LabelTrust, labels: str, 
 
     In reward order a pair whose p is below one half is trained the other way round. That happens to ensembles whose
     members were given unlike factors: candidates stand by the mean of the rewards as they are, while members say how
-    sure they are by the calibrated ones. In label order a doubted label is dropped, or turned where `labels` is flip.
+    sure they are by the calibrated ones. In label order a doubted label is dropped, or turned where `labels` is flip:
+    the response that a dropped label calls the better one is not imitated either, lambda is 0.
     """
     by_label = rank_by == "label"
     turn = not by_label or labels == "flip"
@@ -115,6 +133,8 @@ def _calibrated(rank_by: str, threshold: float, trust: LabelTrust, labels: str, 
         best = _best(trust.calibrated(r.members), by_label, wrong & turn)
         members = np.take_along_axis(r.members, best[:, None, None], axis=1)[:, 0]
         lam = noise.trust_weight(noise.pair_probability(members - threshold, trust.factors))
+        if not turn:
+            lam = np.where(wrong[:, 0].any(axis=1), 0.0, lam)
         flags = _flag("label_contradicted" if by_label else "order_contradicted", wrong)
         return Weighed(weights, lam, best, flags, pairs)
 

@@ -58,13 +58,15 @@ def run_study(
     """Run, or complete, a study.
 
     Returns {"detection": [...], "training": [...]} and writes it to `report` as JSON and, beside it, as Markdown
-    tables. Raises UserError when there are too few pairs.
+    tables. Raises UserError when there are too few pairs, before anything is computed.
     """
     from clha.study.tables import markdown, study_grids
 
     study = Study(home, settings, fit, given, CellProgress(progress, count_cells(settings)))
     rows = {role: _rows(study, split, limit) for role, split, limit in _roles(settings)}
+    _check_dialogues(study, rows)
     pairs = _features(study, rows)
+    _check_dialogues(study, rows)  # pairs whose features are not finite are gone
     detection = []
     for rate in settings.rates:
         for seed in settings.seeds:
@@ -99,6 +101,20 @@ def _rows(study: Study, split: str, limit: int) -> list[dict[str, Any]]:
     if len(rows) < 20:
         raise UserError(f"noise study: {len(rows)} pairs in split {split}, at least 20 needed; see prepare.splits")
     return sorted(rows, key=lambda r: r["id"])[:limit]
+
+
+def _check_dialogues(study: Study, rows: dict[str, list[dict[str, Any]]]) -> None:
+    """Raises UserError when reward models cannot be cross-validated on these pairs, or gains have no interval."""
+    from clha.study.summary import ONE_DIALOGUE
+
+    fitted_on = len({r["group"] for r in rows["reward"]})
+    if fitted_on < study.fit.folds:
+        raise UserError(
+            f"noise study: pairs of {fitted_on} dialogues to fit reward models on, at least {study.fit.folds} needed "
+            "(fit_reward.train.folds); raise noise_study.reward_pairs"
+        )
+    if study.settings.compares and len({r["group"] for r in rows["test"]}) < 2:
+        raise UserError(ONE_DIALOGUE)
 
 
 def _features(study: Study, rows: dict[str, list[dict[str, Any]]]) -> dict[str, LabelledPairs]:
@@ -165,7 +181,7 @@ def _training(
     """One row for the policy as it was and one for each way of weighting, over all seeds."""
     import numpy as np
 
-    from clha.study.summary import paired_gain
+    from clha.study.summary import ONE_DIALOGUE, paired_gain
 
     right: dict[str, list[Any]] = {name: [] for name in ("before training", *study.settings.weights)}
     groups: list[str] = []
@@ -176,6 +192,8 @@ def _training(
             table = artifact.read("judged")
             judged.append(table["margin"].to_numpy() > 0)
             groups = table["group"].to_pylist()
+            if study.settings.compares and len(set(groups)) < 2:  # the policy as it was comes first: nothing is trained
+                raise UserError(ONE_DIALOGUE)
             seconds[name] = max(seconds.get(name, 0.0), artifact.manifest["seconds"])
     out = []
     for name, judged in right.items():

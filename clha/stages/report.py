@@ -3,12 +3,15 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clha.config import settings_from
 from clha.errors import UserError
 from clha.runs import Run, existing_run
 from clha.store import Artifact, Home, kind_of
+
+if TYPE_CHECKING:
+    from clha.reporting.noise_tables import NoiseTables
 
 
 def make_report(home: Home, run_name: str) -> Path:
@@ -49,7 +52,26 @@ def noise_of_run(home: Home, run: Run) -> dict[str, Any]:
 
     Raises UserError when the run has not rescored yet.
     """
-    from clha.reporting.noise_facts import NOISE_NODES, noise_facts, read_noise
+    from clha.reporting.noise_facts import noise_facts, read_noise
+
+    built = _rescored(home, run)
+    return {"run": run.name} | noise_facts(built, read_noise(built))
+
+
+def noise_tables_of_run(home: Home, run: Run) -> "NoiseTables":
+    """The same as tables, with the pairs trusted least and most and the reliability of the rewards."""
+    from clha.reporting.noise_facts import noise_facts, noise_lines, read_noise
+    from clha.reporting.noise_tables import NoiseTables, pairs_markdown, reliability_rows
+
+    built = _rescored(home, run)
+    data = read_noise(built)
+    lines = noise_lines(noise_facts(built, data))
+    return NoiseTables(lines, pairs_markdown(built, data), reliability_rows(built))
+
+
+def _rescored(home: Home, run: Run) -> dict[str, Artifact]:
+    """The run's artifacts. Raises UserError when those of rescoring are not among them."""
+    from clha.reporting.noise_facts import NOISE_NODES
 
     built = built_nodes(home, run)
     missing = [name for name in NOISE_NODES if name not in built]
@@ -57,7 +79,7 @@ def noise_of_run(home: Home, run: Run) -> dict[str, Any]:
         raise UserError(
             f"run {run.name} has no finished {missing[0]}; `clha run --run {run.name}` or `clha run-stage` builds it"
         )
-    return {"run": run.name} | noise_facts(built, run, read_noise(built, run))
+    return built
 
 
 if __name__ == "__main__":

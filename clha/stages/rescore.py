@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from clha.settings_rewards import RewardModel
     from clha.stages.work import Work
 
-CODE_VERSION = {"score": 2, "weigh": 2}
+CODE_VERSION = {"score": 2, "weigh": 3}
 
 # Rewards are exact to 1e-5: a model whose rewards lie closer together than that says nothing.
 _CONSTANT = 1e-5
@@ -26,13 +26,16 @@ def build(work: Work) -> Artifact:
 def score(work: Work) -> Artifact:
     """Reward of every candidate; shards that are there already are kept.
 
-    Raises UserError when the reward model gives all candidates the same reward, or too many rewards are not finite.
+    Raises UserError when there are no candidates, the reward model gives all of them the same reward, or too many
+    rewards are not finite.
     """
     from clha.rewards.adapters import model_folders
     from clha.stages.scoring import Scoring, score_shards
 
     rescore, writer = work.settings.rescore, work.writer
     total = sum(f["rows"] for f in work.inputs["generate"].manifest["files"] if f["name"].startswith("candidates-"))
+    if not total:
+        raise UserError(f"{work.node}: there are no candidates; see the reasons in the quarantine of generate")
     scoring = Scoring(
         rescore.reward,
         model_folders(work.models, "rescore.reward"),
@@ -99,9 +102,10 @@ def weigh(work: Work) -> Artifact:
 
     rescore, writer = work.settings.rescore, work.writer
     table = _scored(work)
-    if rescore.rank_by == "label" and not table.label.any():
+    if rescore.rank_by == "label" and not (table.label == 1).any():
         raise UserError(
-            "weigh: rescore.rank_by is label, but no candidate has one; set generate.include to [chosen, rejected]"
+            "weigh: rescore.rank_by is label, but no chosen response has a reward; set generate.include to "
+            "[chosen, rejected]"
         )
     threshold = _threshold(work)
     trust = label_trust(table, rescore.noise)
@@ -126,11 +130,20 @@ def weigh(work: Work) -> Artifact:
 
 
 def _scored(work: Work) -> RewardTable:
-    """All rewards joined with the candidates; what was read for it is let go."""
+    """All rewards joined with the candidates; what was read for it is let go.
+
+    Raises UserError when no candidate has a reward.
+    """
     from clha.rewards.weighing import reward_table
 
     candidates = work.inputs["generate"].read("candidates", ["prompt_id", "candidate_id", "origin"])
-    return reward_table(candidates, work.inputs["score"].read("rewards"))
+    rewards = work.inputs["score"].read("rewards")
+    if not rewards.num_rows:
+        raise UserError(
+            f"weigh: none of the {candidates.num_rows} candidates has a reward; see the reasons in the quarantine of "
+            "score"
+        )
+    return reward_table(candidates, rewards)
 
 
 def _threshold(work: Work) -> float:

@@ -11,6 +11,8 @@ from clha.errors import UserError
 
 Bools = NDArray[np.bool_]
 
+ONE_DIALOGUE = "noise study: all held-out pairs are of one dialogue; raise noise_study.test_pairs"
+
 
 def paired_gain(arm: Sequence[Bools], baseline: Sequence[Bools], groups: Sequence[str]) -> dict[str, Any]:
     """Held-out accuracy of one arm minus that of another: one array [N] of right judgements for each seed.
@@ -43,7 +45,7 @@ def _error_of_mean(cells: NDArray[np.float64]) -> tuple[float, float]:
     """(standard error, degrees of freedom) of the mean of [S, G] cells of which both rows and columns are a sample."""
     seeds, groups = cells.shape
     if groups == 1:
-        raise UserError("noise study: all held-out pairs are of one dialogue; raise noise_study.test_pairs")
+        raise UserError(ONE_DIALOGUE)
     of_groups = cells.mean(axis=0).var(ddof=1) / groups
     if seeds == 1:
         return float(np.sqrt(of_groups)), groups - 1

@@ -132,6 +132,14 @@ BAD = {
     "unknown arm": (("--profile", "smoke", "--run", "n", "--arms", "dirty"), "noise_study.arms"),
     "too high a rate": (("--profile", "smoke", "--run", "n", "--rates", "0.7"), "noise_study.rates"),
     "no number": (("--profile", "smoke", "--run", "n", "--seeds", "one"), "noise_study.seeds"),
+    "a seed twice": (
+        ("--profile", "smoke", "--run", "n", "--seeds", "0,0"),
+        "noise_study.seeds`: names 0 more than once",
+    ),
+    "no rate": (
+        ("--profile", "smoke", "--run", "n", "--rates", ""),
+        "noise_study.rates`: must be a list of at least 1",
+    ),
     "bad name": (("--profile", "smoke", "--run", "../n"), "run name '../n'"),
 }
 

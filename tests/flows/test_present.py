@@ -9,7 +9,8 @@ from fabricated import Fabricated, fabricate
 
 from clha.errors import StageFailure
 from clha.reporting.noise_facts import noise_lines
-from clha.stages.report import noise_of_run
+from clha.runs import Run
+from clha.stages.report import noise_of_run, noise_tables_of_run
 from flows import present
 
 METRICS: dict[str, Any] = {
@@ -106,21 +107,45 @@ def rescored(tmp_path_factory: pytest.TempPathFactory) -> Fabricated:
 
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The tables that would be sent to the server."""
+    """The tables and texts that would be sent to the server."""
     tables: list[dict[str, Any]] = []
     monkeypatch.setattr(present, "create_table_artifact", lambda rows, **named: tables.append({"rows": rows} | named))
+    monkeypatch.setattr(
+        present, "create_markdown_artifact", lambda text, **named: tables.append({"text": text} | named)
+    )
     return tables
 
 
 def test_the_noise_artifact_is_the_table_of_clha_noise(rescored: Fabricated, sent: list[dict[str, Any]]):
     present.publish_noise(rescored.home, rescored.run)
-    (table,) = sent
+    table = sent[0]
     lines = noise_lines(noise_of_run(rescored.home, rescored.run))
     assert table["rows"] == [{"figure": what, "value": value} for what, value in lines]
     assert {"rule", "pairs kept", "effective sample size", "reward gap", "calibration", "length"} <= {
         row["figure"] for row in table["rows"]
     }
     assert (table["key"], table["description"]) == ("demo-noise", "noise of run demo")
+
+
+def test_the_pairs_and_the_reliability_of_the_noise_report_are_artifacts_of_their_own(
+    rescored: Fabricated, sent: list[dict[str, Any]]
+):
+    present.publish_noise(rescored.home, rescored.run)
+    assert [artifact["key"] for artifact in sent] == ["demo-noise", "demo-noise-pairs", "demo-noise-reliability"]
+    tables = noise_tables_of_run(rescored.home, rescored.run)
+    assert sent[1]["text"] == tables.pairs and tables.pairs.count("\n| ") == 2 * (1 + 10)
+    assert sent[2]["rows"] == tables.reliability
+    assert set(tables.reliability[0]) == {
+        "of", "bin", "predicted before", "observed before", "n before", "predicted after", "observed after", "n after"
+    }  # fmt: skip
+
+
+def test_without_a_fitted_reward_model_or_calibration_on_labels_there_is_no_table_of_reliability(
+    rescored: Fabricated, sent: list[dict[str, Any]]
+):
+    own = {name: key for name, key in rescored.run.nodes.items() if name != "fit_reward.train"}
+    present.publish_noise(rescored.home, Run("demo", "demo", rescored.run.settings, own))
+    assert [artifact["key"] for artifact in sent] == ["demo-noise", "demo-noise-pairs"]
 
 
 @pytest.mark.parametrize("error", [StageFailure("damaged Parquet file"), KeyError("no reward"), OSError("gone")])
@@ -134,7 +159,7 @@ def test_rewards_that_cannot_be_read_for_the_ui_do_not_fail_a_stage_that_is_done
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr("clha.stages.report.noise_of_run", fail)
+    monkeypatch.setattr("clha.stages.report.noise_tables_of_run", fail)
     present.publish_noise(rescored.home, rescored.run)
     assert not sent and not present._off, "the server is not to blame"
     assert "no table about noise for the UI" in caplog.text
@@ -144,7 +169,7 @@ def test_without_a_server_nothing_is_read_for_the_noise_artifact(
     rescored: Fabricated, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     monkeypatch.setattr(present, "_off", {"ConnectError"})
-    monkeypatch.setattr("clha.stages.report.noise_of_run", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr("clha.stages.report.noise_tables_of_run", lambda *_: pytest.fail("read"))
     present.publish_noise(rescored.home, rescored.run)
 
 

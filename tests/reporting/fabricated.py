@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from reward_cases import node_settings
 
 from clha import noise
 from clha.digests import digest_of, prompt_id
@@ -145,7 +146,7 @@ class _Maker:
                 "node": node,
                 "code_version": 1,
                 "inputs": {},
-                "settings": {},
+                "settings": node_settings(settings(), node),
                 "key_parts": {},
                 "versions": {"clha": "0.1.0", "python": "3.11.2", "torch": "2.13.0", "vllm": "0.32.0"},
                 "seed": 0,

@@ -1,5 +1,6 @@
 """What is said about noise: the figures of a whole run, and those of small tables worked by hand."""
 
+import copy
 import json
 
 import pyarrow as pa
@@ -7,7 +8,7 @@ import pytest
 from fabricated import Fabricated
 
 from clha.errors import UserError
-from clha.reporting.noise_facts import _members_agree, noise_lines
+from clha.reporting.noise_facts import _members_agree, noise_lines, scale_is_known
 from clha.runs import Run
 from clha.schema import REWARDS
 from clha.stages.report import noise_of_run
@@ -38,6 +39,19 @@ def test_the_table_names_every_figure_in_words(made: Fabricated) -> None:
     before, after = (fit["calibration"][when]["nll"] for when in ("before", "after"))
     assert f"log loss {before:.3f} before, {after:.3f} after" in lines["calibration"]
     assert {"calibration", "judge agrees", "SFT part", "kept by rank distance"} <= lines.keys()
+
+
+def test_method_and_order_are_those_of_the_weights_that_are_shown(made: Fabricated) -> None:
+    """Settings that changed after weighing speak of weights that are still to come."""
+    settings = copy.deepcopy(made.run.settings)
+    settings["rescore"] |= {"rank_by": "label", "reward": {"type": "sequence_classification", "model": "/elsewhere"}}
+    settings["rescore"]["sft_threshold"] = 0.0
+    settings["rescore"]["noise"] |= {"method": "calibrated", "flip_rate": 0.2}
+    changed = Run("demo", "demo", settings, made.run.nodes)
+    assert noise_of_run(made.home, changed) == {**noise_of_run(made.home, made.run), "reward_model": None}
+    lines = dict(noise_lines(noise_of_run(made.home, changed)))
+    assert lines["rule"] == "reference, ranked by reward" and lines["pairs kept"].endswith("%)")
+    assert scale_is_known(made.nodes), "the fitted model's rewards, which another one is to replace"
 
 
 def test_flip_rate_labels_members_and_flags_have_lines_where_there_are_any(made: Fabricated) -> None:

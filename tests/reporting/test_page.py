@@ -150,7 +150,7 @@ def test_a_reward_model_trained_by_an_adapter_has_a_card_without_the_figures_of_
     html = build_report(made.home, made.run, made.nodes).read_text()
     assert "640 other pairs" in html and html.count("agreement of two halves") == 1, "the judge is a head"
     assert learning_curves(html) == ["judge"]
-    lines = dict(noise_lines(noise_facts(made.nodes, made.run, read_noise(made.nodes, made.run))))
+    lines = dict(noise_lines(noise_facts(made.nodes, read_noise(made.nodes))))
     assert lines["reward model"].endswith("held-out pairs right")
 
 

@@ -4,32 +4,35 @@ from pathlib import Path
 from typing import Any
 
 from fabricated import Fabricated, settings
+from reward_cases import node_settings
 
 from clha.reporting import overview, sections
-from clha.runs import Run
+from clha.reporting.noise_facts import scale_is_known
 from clha.store import Artifact
 
 
-def run_with(**rescore: Any) -> Run:
-    return Run("r", "demo", settings(rescore=rescore).model_dump(mode="json"))
+def known(**rescore: Any) -> bool:
+    """Whether probabilities are promised for artifacts that were made with these settings."""
+    tree = settings(rescore=rescore)
+    return scale_is_known({n: Artifact(Path("."), {"settings": node_settings(tree, n)}) for n in ("score", "weigh")})
 
 
 def test_probabilities_are_promised_where_the_scale_of_rewards_is_known() -> None:
     raw = {"reward": {"type": "sequence_classification", "model": "somewhere"}}
-    assert sections.scale_is_known(run_with(sft_threshold="fitted"))
-    assert not sections.scale_is_known(run_with(**raw))
+    assert known(sft_threshold="fitted")
+    assert not known(**raw)
     head = {"type": "encoder_head", "model": "a/head", "encoder": "an/encoder"}
     own = {"type": "fitted"}
-    assert sections.scale_is_known(run_with(reward={"type": "ensemble", "members": [own, head]}))
+    assert known(reward={"type": "ensemble", "members": [own, head]})
     for odd in ({"type": "fitted", "scale": 2.0}, raw["reward"]):
-        assert not sections.scale_is_known(run_with(reward={"type": "ensemble", "members": [own, odd]}))
+        assert not known(reward={"type": "ensemble", "members": [own, odd]})
     for calibration in ("labels", 0.5):
         noise = {"method": "calibrated", "calibration": calibration}
-        assert sections.scale_is_known(run_with(noise=noise, **raw))
+        assert known(noise=noise, **raw)
 
 
 def test_tiles_hold_what_there_is(made: Fabricated) -> None:
-    noise = sections.noise_section(made.nodes, made.run)
+    noise = sections.noise_section(made.nodes)
     assert [t["label"] for t in overview.tiles(None, noise, None)] == ["Pairs kept"]
     labels = [t["label"] for t in overview.tiles(sections.result_section(made.nodes, made.run), noise, None)]
     assert labels[0] == "Gain in reward"

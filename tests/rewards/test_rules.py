@@ -18,6 +18,8 @@ from clha.settings import Noise
 BY_TRUST = ("calibrated", "soft_label")
 ALL = ("reference", "quantile", "calibrated", "soft_label")
 
+CHOSEN, REJECTED, OWN = 1, -1, 0
+
 
 def table_of(members: np.ndarray, labels: np.ndarray | None = None) -> RewardTable:
     """Rewards [P, n, M] and labels [P, n] as `weigh` reads them; prompts are p0, p1, ..."""
@@ -44,11 +46,14 @@ def weighed(
     rank_by: str = "reward",
     threshold: float = 0.0,
     flip_rate: float | None = 0.2,
+    doubted: str = "weight",
     **noise: Any,
 ) -> tuple[Ranked, Weighed]:
-    """All prompts in rank order, and what the rule makes of them."""
+    """All prompts in rank order, and what the rule makes of them. `doubted`: what becomes of doubted labels."""
     table = table_of(members, labels)
-    rule, _ = make_rule(table, Noise(method=method, **noise), rank_by, threshold, LabelTrust(factors, flip_rate))
+    rule, _ = make_rule(
+        table, Noise(method=method, labels=doubted, **noise), rank_by, threshold, LabelTrust(factors, flip_rate)
+    )
     return _whole(table, rule, rank_by)
 
 
@@ -108,14 +113,37 @@ def test_a_constant_added_to_one_prompts_rewards_changes_no_pair_weight(
 def test_a_constant_added_to_one_prompts_rewards_does_change_its_lambda(
     case: tuple[np.ndarray, np.ndarray, np.ndarray], method: str, rank_by: str
 ) -> None:
+    """But for what no reward can make worth imitating: a rejected response, or one whose label is dropped."""
     rewards, factors, labels = case
     step = np.zeros_like(rewards)
     step[0] = 64.0  # beyond all of them
-    below, above = (
-        weighed(r, factors, method=method, rank_by=rank_by, labels=labels)[1].sft_lambda
-        for r in (rewards - step, rewards + step)
-    )
-    assert below[0] == 0 < above[0]
+    ranked, below = weighed(rewards - step, factors, method=method, rank_by=rank_by, labels=labels)
+    _, above = weighed(rewards + step, factors, method=method, rank_by=rank_by, labels=labels)
+    barred = rank_by == "label" and (ranked.labels[0, 0] == REJECTED or "label_contradicted" in flags_of(above, 0))
+    assert below.sft_lambda[0] == 0
+    assert above.sft_lambda[0] > 0 or barred
+
+
+def flags_of(w: Weighed, prompt: int) -> set[str]:
+    return {name for name, where in w.flags.items() if where[prompt]}
+
+
+@given(cases(), st.sampled_from(ALL), st.sampled_from(["weight", "drop", "flip"]), st.booleans())
+def test_label_order_never_imitates_a_rejected_response_or_one_whose_label_it_dropped(
+    case: tuple[np.ndarray, np.ndarray, np.ndarray], method: str, doubted: str, high: bool
+) -> None:
+    rewards, factors, origin = case
+    rewards = rewards + 64.0 * high
+    ranked, w = weighed(rewards, factors, method=method, rank_by="label", labels=origin, doubted=doubted)
+    sft = np.zeros(len(rewards), dtype=np.int64) if w.sft_index is None else w.sft_index
+    imitated = np.take_along_axis(ranked.labels, sft[:, None], 1)[:, 0]
+    turned = (w.pair_weights[np.arange(len(sft)), sft, 0] > 0) & (sft > 0)
+    on = w.sft_lambda > 0
+    assert (on & (imitated == REJECTED) <= turned).all()
+    if method in BY_TRUST and doubted != "flip":
+        p = LabelTrust(factors, 0.2).probability(ranked.members, ranked.labels, "label")
+        dropped = ((p < 0.5) & (ranked.labels[:, :1, None] == CHOSEN) & (ranked.labels == REJECTED)[:, None])[:, 0]
+        assert not (on & dropped.any(axis=1)).any()
 
 
 @given(cases(), st.sampled_from(BY_TRUST))
@@ -179,9 +207,6 @@ def test_log_odds_stay_apart_where_probabilities_are_all_1() -> None:
 def test_a_member_that_is_no_number_is_refused(method: str) -> None:
     with pytest.raises(ValueError, match="not finite"):
         weighed(np.array([[[1.0, np.nan], [0.0, 0.0]]]), np.ones(2), method=method)
-
-
-CHOSEN, REJECTED, OWN = 1, -1, 0
 
 
 def test_the_quantile_of_label_order_is_that_of_the_labelled_pairs() -> None:

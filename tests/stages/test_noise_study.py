@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from reward_cases import preference_rows, write_prompts
 
 from clha import chat
@@ -19,6 +20,8 @@ from clha.stages import work as stages_work
 from clha.stages.noise_study import run_study
 from clha.stages.study_cells import StudyInput, count_cells
 from clha.store import Home
+from clha.study import policies
+from clha.study.policies import ranked_pair
 
 KINDS = ("features", "noise_detection", "noise_training")
 FIT = RewardFit(encoder="tiny", layer=1, folds=3, max_tokens=128)
@@ -101,6 +104,48 @@ def test_too_few_pairs_are_a_clear_error(home: Home, tiny_model: Path) -> None:
         run_study(home, SMALL, FIT, work, Progress())
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"reward_pairs": 2},
+            r"pairs of 2 dialogues to fit reward models on, at least 3 needed \(fit_reward.*reward_pairs",
+        ),
+        ({"test_pairs": 1}, "all held-out pairs are of one dialogue; raise noise_study.test_pairs"),
+    ],
+)
+def test_too_few_dialogues_are_refused_before_anything_is_computed(
+    home: Home, tiny_model: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        run_study(home, SMALL.model_copy(update=changes), FIT, given(home, tiny_model), Progress())
+    assert "\n" not in str(caught.value) and cells(home) == dict.fromkeys(KINDS, 0)
+
+
+def test_the_fewest_dialogues_that_are_not_refused_are_enough(home: Home, tiny_model: Path) -> None:
+    """As many as folds; and without gains to compare one held-out dialogue will do."""
+    few = SMALL.model_copy(update={"reward_pairs": 3, "train_pairs": 4, "test_pairs": 2, "seeds": [0]})
+    results = run_study(home, few, FIT, given(home, tiny_model), Progress())
+    assert all(t["gain"]["pairs"] == 2 for t in results["training"] if "gain" in t)
+    alone = few.model_copy(update={"test_pairs": 1, "weights": ["none"]})
+    assert len(run_study(home, alone, FIT, given(home, tiny_model), Progress())["training"]) == 2
+
+
+def test_held_out_pairs_that_leave_one_dialogue_as_tokens_are_refused_before_training(
+    home: Home, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[Any] = []
+
+    def first_only(chat: Any, messages: Any, *rest: Any, **named: Any) -> Any:
+        rows.append(messages)
+        return ranked_pair(chat, messages, *rest, **named) if len(rows) == 1 else None
+
+    monkeypatch.setattr(policies, "ranked_pair", first_only)
+    with pytest.raises(UserError, match="all held-out pairs are of one dialogue"):
+        run_study(home, SMALL.model_copy(update={"seeds": [0]}), FIT, given(home, tiny_model), Progress())
+    assert cells(home)["noise_training"] == 1, "the policy as it was"
+
+
 def test_cells_are_counted_before_they_are_made() -> None:
     """Features, 2 seeds of 2 arms and 3 policies, the policy as it was; more rates add detections where untrained."""
     assert count_cells(SMALL) == 1 + 2 * (2 + 3) + 1
@@ -161,6 +206,21 @@ def test_keys_hold_what_changes_a_cell(home: Home, tiny_model: Path, monkeypatch
     monkeypatch.setattr(study_cells, "package_version", lambda name: "another")
     run_study(home, few, FIT, work, Progress())
     assert cells(home) == {"features": 1, "noise_detection": 2, "noise_training": 6}
+
+
+@pytest.mark.parametrize("name", ["rates", "seeds", "arms", "weights", "train_rates"])
+def test_what_is_named_twice_is_no_second_sample(name: str) -> None:
+    first = {"rates": 0.3, "seeds": 1, "arms": "clean", "weights": "none", "train_rates": 0.4}[name]
+    with pytest.raises(ValidationError, match=f"names {first} more than once"):
+        NoiseStudy.model_validate({name: [first, first]})
+
+
+def test_a_study_of_nothing_is_refused_but_for_detection_only() -> None:
+    for name in ("rates", "seeds", "arms"):
+        with pytest.raises(ValidationError, match="at least 1"):
+            NoiseStudy.model_validate({name: []})
+    assert NoiseStudy(weights=[]).trained_rates == []
+    assert NoiseStudy(train_rates=None).trained_rates == [0.4]
 
 
 def test_a_rate_to_train_on_must_be_one_of_the_rates() -> None:

@@ -72,6 +72,13 @@ def test_shards_and_batches_do_not_change_rewards(home: Home, tiny_model: Path, 
     assert np.abs(a - b).max() < 1e-5
 
 
+def test_without_a_candidate_there_is_nothing_to_score(home: Home, tiny_model: Path, fitted: Artifact) -> None:
+    with pytest.raises(
+        UserError, match="score: there are no candidates; see the reasons in the quarantine of generate"
+    ):
+        rescore.build(score_work(home, tiny_model, fitted, some_candidates(2, 1)[0], []))
+
+
 def test_a_killed_score_goes_on_from_its_finished_shards(
     home: Home, tiny_model: Path, fitted: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:

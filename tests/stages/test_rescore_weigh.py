@@ -178,6 +178,39 @@ def test_a_doubted_label_is_turned_round_on_request(home: Home) -> None:
     assert (rows["right"]["sft_index"], rows["wrong"]["sft_index"]) == (0, 1)
 
 
+@pytest.mark.parametrize("method", ["calibrated", "soft_label"])
+@pytest.mark.parametrize("labels", ["weight", "drop"])
+def test_a_response_whose_label_is_dropped_is_not_imitated(home: Home, method: str, labels: str) -> None:
+    """Above the threshold all of them are: 2 against 9 is no label to trust, p_right = 0.0036."""
+    rewards = {"wrong": [2.0, 9.0], "right": [3.0, 0.0], "second": [3.0, 0.0, 9.0]}
+    chosen, rejected = "dataset_chosen", "dataset_rejected"
+    origins = {p: [chosen, rejected, rejected] for p in rewards}
+    noise = {"method": method, "flip_rate": 0.2, "labels": labels}
+    artifact = weigh(home, rewards, origins=origins, rank_by="label", noise=noise)
+    rows = {r["prompt_id"]: r for r in artifact.rows("weights")}
+    assert rows["right"]["sft_lambda"] == pytest.approx(np.tanh(1.5))
+    assert [rows[p]["sft_lambda"] for p in ("wrong", "second")] == [0, 0]
+    assert rows["wrong"]["flags"] == ["no_pairs", "sft_off", "label_contradicted"]
+    assert np.sum(rows["second"]["pair_weights"]) > 0, "the label that is not doubted still counts"
+    assert artifact.manifest["sft_share"] == pytest.approx(1 / 3)
+    turned = weigh(home, rewards, origins=origins, rank_by="label", noise=noise | {"labels": "flip"}).rows("weights")
+    assert all(r["sft_lambda"] > 0.9 for r in turned)
+
+
+@pytest.mark.parametrize("method", ["none", "reference", "quantile", "calibrated", "soft_label", "from_column"])
+def test_by_label_a_rejected_response_without_its_chosen_one_is_not_imitated(
+    home: Home, tmp_path: Path, method: str
+) -> None:
+    chosen, rejected, own = "dataset_chosen", "dataset_rejected", "generated"
+    origins = {"a": [rejected, own], "b": [rejected], "c": [chosen, rejected]}
+    given = {"file": given_file(tmp_path, [given_row(prompt_id="c")])} if method == "from_column" else {}
+    rewards = {"a": [5.0, 6.0], "b": [5.0], "c": [9.0, 0.0]}
+    artifact = weigh(home, rewards, origins=origins, rank_by="label", noise={"method": method, "gap": 3.0} | given)
+    rows = {r["prompt_id"]: r for r in artifact.rows("weights")}
+    assert [rows[p]["sft_lambda"] for p in "ab"] == [0, 0] and rows["c"]["sft_lambda"] > 0.9
+    assert rows["a"]["flags"] == ["no_pairs", "sft_off"] and rows["b"]["flags"] == ["single_candidate", "sft_off"]
+
+
 def test_labels_may_be_dropped_without_being_weighted(home: Home) -> None:
     rows = {r["prompt_id"]: r for r in labelled(home, method="calibrated", labels="drop").rows("weights")}
     assert rows["right"]["pair_weights"][0][1] == 1
@@ -220,9 +253,9 @@ def test_calibration_on_labels_without_labels_is_a_clear_error(home: Home) -> No
         weigh(home, {"a": [1.0, 2.0]}, noise={"method": "calibrated", "calibration": "labels"})
 
 
-def given_file(folder: Path, rows: list[dict[str, Any]]) -> str:
+def given_file(folder: Path, rows: list[dict[str, Any]] | pa.Table) -> str:
     path = folder / "weights.parquet"
-    pq.write_table(pa.Table.from_pylist(rows), path)
+    pq.write_table(pa.Table.from_pylist(rows) if isinstance(rows, list) else rows, path)
     return str(path)
 
 
@@ -248,9 +281,13 @@ def given_row(**changes: Any) -> dict[str, Any]:
     ("rows", "message"),
     [
         ([{"prompt_id": "a", "better": 0, "worse": 1}], "has no column `weight`"),
-        ([given_row(weight=-1.0)], r"negative or not finite \(-1, for prompt_id a, better 0, worse 1\)"),
-        ([given_row(weight=float("nan"))], r"negative or not finite \(nan"),
-        ([given_row(), given_row(better=1, worse=0, weight=None)], r"not finite \(nan, for prompt_id a, better 1"),
+        ([given_row(weight=-1.0)], r"negative or not finite in float32 \(-1, for prompt_id a, better 0, worse 1\)"),
+        ([given_row(weight=float("nan"))], r"negative or not finite in float32 \(nan"),
+        ([given_row(weight=1e39)], r"negative or not finite in float32 \(1e\+39, for prompt_id a, better 0, worse 1\)"),
+        ([given_row(weight=-1e-60)], r"negative or not finite in float32 \(-1e-60"),
+        ([given_row(), given_row(better=1, worse=0, weight=None)], r"in float32 \(nan, for prompt_id a, better 1"),
+        ([given_row(prompt_id="zz")], "names no prompt of this run that has rewards, so that every pair would weigh 0"),
+        (pa.Table.from_pylist([given_row()]).slice(1), "has no rows, so that every pair would weigh 0"),
         ([given_row(weight="much")], "column `weight` must hold numbers, it holds string"),
         ([given_row(weight=True)], "column `weight` must hold numbers, it holds bool"),
         ([given_row(better="0")], r"column `better` must hold candidate ids \(integers\), it holds string"),
@@ -264,11 +301,22 @@ def given_row(**changes: Any) -> dict[str, Any]:
         ([given_row()] * 2, "names a pair twice"),
     ],
 )
-def test_a_bad_file_of_weights_is_a_clear_error(home: Home, tmp_path: Path, rows: list, message: str) -> None:
+def test_a_bad_file_of_weights_is_a_clear_error(home: Home, tmp_path: Path, rows: Any, message: str) -> None:
     rewards = {"a": [1.0, 3.0], "b": [1.0, 2.0, 3.0]}
     with pytest.raises(UserError, match=message) as caught:
         weigh(home, rewards, noise={"method": "from_column", "file": given_file(tmp_path, rows)})
     assert "\n" not in str(caught.value)
+
+
+def test_own_weights_count_as_float32_holds_them(home: Home, tmp_path: Path) -> None:
+    """1e-60 is 0 there: a pair that does not count."""
+    rows = [given_row(weight=1e-60), given_row(prompt_id="b", weight=3e38)]
+    noise = {"method": "from_column", "file": given_file(tmp_path, rows)}
+    artifact = weigh(home, {"a": [3.0, 1.0], "b": [3.0, 1.0]}, noise=noise)
+    a, b = artifact.rows("weights")
+    assert a["pair_weights"] == [[0, 0], [0, 0]] and a["flags"] == ["no_pairs"]
+    assert b["pair_weights"][0][1] == np.float32(3e38)
+    assert (artifact.manifest["pairs"], artifact.manifest["pairs_kept"]) == (2, 1)
 
 
 def test_own_weights_of_a_candidate_that_lost_its_reward_are_left_out(home: Home, tmp_path: Path) -> None:
@@ -286,6 +334,9 @@ def test_own_weights_of_a_candidate_that_lost_its_reward_are_left_out(home: Home
     artifact = rescore.build(node_work(home, chain, "weigh", artifacts))
     assert artifact.rows("weights")[0]["pair_weights"] == [[0, 0.5], [0, 0]]
     assert artifact.manifest["weights_given"] == 1
+    given_file(tmp_path, [given_row(better=1, worse=0)])
+    with pytest.raises(UserError, match="each pair that it names has a candidate in score's quarantine"):
+        rescore.build(node_work(home, chain, "weigh", artifacts))
 
 
 def test_label_order_counts_the_pairs_that_labels_order(home: Home) -> None:
@@ -315,9 +366,18 @@ def test_an_ensemble_that_disagrees_weighs_less(home: Home) -> None:
     assert a["pair_weights"][0][1] > b["pair_weights"][0][1] > 0
 
 
-def test_ranking_by_label_without_labels_is_a_clear_error(home: Home) -> None:
-    with pytest.raises(UserError, match="set generate.include"):
-        weigh(home, {"a": [1.0, 2.0]}, rank_by="label")
+@pytest.mark.parametrize("origins", [["generated", "generated"], ["generated", "dataset_rejected"]])
+def test_ranking_by_label_without_a_chosen_response_is_a_clear_error(home: Home, origins: list[str]) -> None:
+    with pytest.raises(
+        UserError, match=r"no chosen response has a reward; set generate\.include to \[chosen, rejected"
+    ):
+        weigh(home, {"a": [1.0, 2.0]}, origins={"a": origins}, rank_by="label", noise={"method": "none"})
+
+
+def test_without_a_single_reward_there_is_nothing_to_weigh(home: Home) -> None:
+    with pytest.raises(UserError, match="none of the 2 candidates has a reward; see the reasons .* of score") as caught:
+        weigh(home, {}, unscored=["x", "y"], noise={"method": "calibrated"})
+    assert "\n" not in str(caught.value)
 
 
 RECORD = Path(__file__).parent / "rescore_outputs.json"
