@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from clha.errors import UserError
+from clha.loading import load_whole
 from clha.rewards.features import FrozenEncoder
 from clha.rewards.head import WEIGHTS, fitted_config, load_head
 from clha.rewards.interface import Done, RewardScorer, Scored, one_member, torch_dtype
@@ -55,13 +56,19 @@ class SequenceClassification:
     """A Hugging Face sequence classifier with one output, reading the conversation by its own chat template."""
 
     def __init__(self, model: Path, settings: RewardModel, device: str) -> None:
-        """Raises UserError when the model has more than one output."""
+        """Raises UserError when the model has more than one output, or lacks weights."""
         from transformers import AutoModelForSequenceClassification
 
         self.padding = Padding()
         self._tokens = settings.tokens_per_batch
         self._texts = text_encoder(model, settings.max_tokens, closed=True)
-        self._model: Any = AutoModelForSequenceClassification.from_pretrained(model, dtype=torch_dtype(settings.dtype))
+        self._model: Any = load_whole(
+            AutoModelForSequenceClassification,
+            model,
+            "reward model",
+            "give a sequence classifier that was saved with its head",
+            dtype=torch_dtype(settings.dtype),
+        )
         outputs = int(self._model.config.num_labels)
         if outputs != 1:
             raise UserError(f"reward model {model}: has {outputs} outputs, a reward model has one")

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from clha.errors import UserError
+from clha.loading import load_whole
 from clha.rewards.scoring import (
     Padding,
     computed_tokens,
@@ -234,7 +235,8 @@ def _cut_model(folder: Path, layer: int | None, dtype: torch.dtype) -> tuple[Any
     """The model of a folder without the layers above `layer`, and a tap on that layer (None for all layers)."""
     from transformers import AutoModel
 
-    model = AutoModel.from_pretrained(folder, dtype=dtype)
+    remedy = "give a model that was saved with all its weights"
+    model = load_whole(AutoModel, folder, "encoder", remedy, new_head=True, dtype=dtype)
     if layer is None:
         return model, None
     total = int(model.config.num_hidden_layers)
