@@ -116,8 +116,11 @@ def classifier_logits(model: Any, ids: Sequence[Sequence[int]], pad_id: int) -> 
         present = set().union(*ids)
         pad = next(i for i in range(model.config.vocab_size) if i not in present)
     model.config.pad_token_id = pad
+    # XLNet reads its score at the last place, be it padding or not.
+    left = getattr(model.config, "summary_type", None) == "last"
     device = next(model.parameters()).device
-    logits: torch.Tensor = model(input_ids=padded(ids, pad, device), attention_mask=lengths_mask(ids, device)).logits
+    batch, mask = padded(ids, pad, device, left=left), lengths_mask(ids, device, left=left)
+    logits: torch.Tensor = model(input_ids=batch, attention_mask=mask).logits
     return logits
 
 
