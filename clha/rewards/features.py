@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from clha.errors import UserError
+from clha.loading import load_whole
 from clha.rewards.scoring import (
     Padding,
     computed_tokens,
@@ -21,6 +22,7 @@ from clha.rewards.scoring import (
     too_long,
 )
 from clha.rewards.texts import ChatText, Encoded, RewardInput, encode_all, text_encoder
+from clha.windows import layer_windows
 
 Pooling = Literal["response_mean", "mean"]
 
@@ -162,7 +164,9 @@ class FrozenEncoder:
         return last if self._tap is None else self._tap.states
 
     def _can_share(self) -> bool:
-        """Whether the model reads a pack as it reads its parts: tried on a small one."""
+        """Whether the model reads a pack as it reads its parts: tried on a small one, which no window would cut."""
+        if not _only_the_mask_limits(self._model, self.texts.max_tokens):
+            return False
         # The padding token may be the last one that the model knows.
         known = int(self._model.get_input_embeddings().num_embeddings)
         a, b, c, d, e = ((self.texts.pad_id + i) % known for i in range(5))
@@ -174,6 +178,20 @@ class FrozenEncoder:
         except (ValueError, RuntimeError, IndexError):  # a model that takes no such mask
             return False
         return bool(np.abs(packed - alone).max() <= 1e-3 * np.abs(alone).max())
+
+
+def _only_the_mask_limits(model: Any, tokens: int) -> bool:
+    """Whether each layer that runs sees all of a text of `tokens` tokens, but for what a mask hides.
+
+    A mask of ours takes the place of a layer's window, so that a pack may be read only where no window cuts a text.
+    """
+    config = model.config.get_text_config()
+    layers = int(config.num_hidden_layers)
+    if set((getattr(config, "layer_types", None) or ())[:layers]) - {"full_attention", "sliding_attention"}:
+        return False  # chunks, or a state that is carried along
+    windows = layer_windows(config)[:layers]
+    # An attention of its own may have windows of its own, under other names.
+    return bool(model._supports_attention_backend) and all(w is None or tokens <= w for w in windows)
 
 
 def prefix_packs(encoded: Sequence[Encoded], tokens_per_batch: int) -> list[list[int]]:
@@ -234,7 +252,8 @@ def _cut_model(folder: Path, layer: int | None, dtype: torch.dtype) -> tuple[Any
     """The model of a folder without the layers above `layer`, and a tap on that layer (None for all layers)."""
     from transformers import AutoModel
 
-    model = AutoModel.from_pretrained(folder, dtype=dtype)
+    remedy = "give a model that was saved with all its weights"
+    model = load_whole(AutoModel, folder, "encoder", remedy, new_head=True, dtype=dtype)
     if layer is None:
         return model, None
     total = int(model.config.num_hidden_layers)

@@ -17,18 +17,20 @@ from typing import Any
 from clha.errors import UserError
 
 _PICKLED = ("*.bin", "*.pt", "*.pth")
+# What training leaves beside the weights.
+_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 _OTHER = ("*.json", "*.txt", "*.model", "*.jinja")
 
 
 def convert(source: Path, target: Path) -> list[Path]:
     """Write the weights of `source` as safetensors into `target`, which must not exist, with config and tokenizer.
 
-    Returns the files that were read. Raises UserError when there are none, or when they hold more than tensors.
+    Returns the files that were read. Raises UserError when there are none, or when they hold more than tensors or none
+    at their top level.
     """
-    import torch
     from safetensors.torch import save_file
 
-    files = sorted(f for pattern in _PICKLED for f in source.glob(pattern) if f.name != "training_args.bin")
+    files = sorted(f for pattern in _PICKLED for f in source.glob(pattern) if not f.name.startswith(_NO_WEIGHTS))
     if not files:
         raise UserError(f"{source}: has no pickled weights ({', '.join(_PICKLED)})")
     if target.exists():
@@ -38,9 +40,8 @@ def convert(source: Path, target: Path) -> list[Path]:
     unfinished.mkdir(parents=True)
     try:
         for number, file in enumerate(files, start=1):
-            state = _tensors_only(file)
             # A copy of each: tensors that share memory cannot be saved side by side.
-            tensors = {name: t.clone().contiguous() for name, t in state.items() if isinstance(t, torch.Tensor)}
+            tensors = {name: t.clone().contiguous() for name, t in _weights(file).items()}
             name = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
             save_file(tensors, unfinished / name, metadata={"format": "pt"})
         for pattern in _OTHER:
@@ -53,19 +54,36 @@ def convert(source: Path, target: Path) -> list[Path]:
     return files
 
 
-def _tensors_only(file: Path) -> dict[str, Any]:
+def _weights(file: Path) -> dict[str, Any]:
+    """The named tensors of a file. Raises UserError where there are none, or not at its top level."""
+    import torch
+
+    state = _tensors_only(file)
+    named = state if isinstance(state, dict) else {}
+    tensors = {name: t for name, t in named.items() if isinstance(name, str) and isinstance(t, torch.Tensor)}
+    inner = [repr(name) for name, value in named.items() if isinstance(value, dict)]
+    if inner:
+        raise UserError(
+            f"{file}: holds its weights in a part of it ({' or '.join(inner)}); load it with torch and save that part "
+            "alone in a new folder"
+        )
+    if not tensors:
+        raise UserError(f"{file}: has no named tensors; give a folder with a model's weights")
+    return tensors
+
+
+def _tensors_only(file: Path) -> Any:
     """Unpickle tensors. Raises UserError for anything else; torch's own words would advise to read it all the same."""
     import torch
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
             raise UserError(
                 f"{file}: is not read, it holds more than tensors or is damaged ({type(error).__name__})"
             ) from None
-    return state
 
 
 def main() -> None:

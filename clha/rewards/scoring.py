@@ -98,17 +98,19 @@ def run_batches(
     return [out[i] for i in range(len(lengths))]
 
 
-def padded(sequences: Sequence[Sequence[int]], fill: int, device: torch.device) -> torch.Tensor:
-    """[B, T] on `device`, filled up on the right."""
-    out = torch.full((len(sequences), max(len(s) for s in sequences)), fill, dtype=torch.long)
+def padded(sequences: Sequence[Sequence[int]], fill: int, device: torch.device, *, left: bool = False) -> torch.Tensor:
+    """[B, T] on `device`, filled up on the right, or on the left."""
+    longest = max(len(s) for s in sequences)
+    out = torch.full((len(sequences), longest), fill, dtype=torch.long)
     for k, sequence in enumerate(sequences):
-        out[k, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
+        start = longest - len(sequence) if left else 0
+        out[k, start : start + len(sequence)] = torch.tensor(sequence, dtype=torch.long)
     return out.to(device)
 
 
-def lengths_mask(sequences: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
-    """[B, T], 1 for tokens, 0 for padding on the right."""
-    return padded([[1] * len(s) for s in sequences], 0, device)
+def lengths_mask(sequences: Sequence[Sequence[int]], device: torch.device, *, left: bool = False) -> torch.Tensor:
+    """[B, T], 1 for tokens, 0 for padding, which is on the right, or on the left."""
+    return padded([[1] * len(s) for s in sequences], 0, device, left=left)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

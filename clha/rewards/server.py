@@ -19,6 +19,7 @@ from clha.settings_rewards import RewardModel
 _SETTING = "reward model: url"
 _CONCURRENT = 4
 _ANSWER_SECONDS = 600.0  # a batch may wait in the server's queue
+_REMEDY = "it must be a vLLM server of 0.11 or later with a reward model (vllm serve MODEL --runner pooling)"
 
 
 class ServerReward:
@@ -58,14 +59,13 @@ class ServerReward:
         body = {"model": self._model, "input": ids, "task": "classify", "use_activation": False}
         where = f"{self._server.url}/pooling"
         answer = self._server.ask("/pooling", body, seconds=_ANSWER_SECONDS)
-        try:
-            data = sorted(answer["data"], key=lambda d: d["index"])
-            outputs = [d["data"] for d in data]
-        except (KeyError, TypeError) as error:
-            raise StageFailure(f"{where}: an answer lacks {error}; it must be a vLLM server of 0.11 or later") from None
-        if len(outputs) != len(ids):
-            raise StageFailure(f"{where}: {len(ids)} texts asked for, {len(outputs)} answered")
-        return [_single(output, where) for output in outputs]
+        by_index = _outputs(answer, where)
+        if len(by_index) != len(ids):
+            raise StageFailure(f"{where}: {len(ids)} texts asked for, {len(by_index)} answered; {_REMEDY}")
+        if by_index.keys() != set(range(len(ids))):
+            odd = next(i for i in by_index if i not in range(len(ids)))
+            raise StageFailure(f"{where}: {len(ids)} texts asked for, number {odd} answered; {_REMEDY}")
+        return [_single(by_index[i], where) for i in range(len(ids))]
 
 
 def _served_model(model: Path, url: str, max_tokens: int) -> str:
@@ -83,9 +83,37 @@ def _served_model(model: Path, url: str, max_tokens: int) -> str:
 
 
 def _single(output: Any, where: str) -> float:
-    """The one number of a classifier. Raises UserError for a model with more outputs."""
+    """The one number of a classifier, NaN for null.
+
+    Raises UserError for a model with more outputs, StageFailure for what is no number.
+    """
     while isinstance(output, list) and len(output) == 1:
         output = output[0]
     if isinstance(output, list):
         raise UserError(f"{where}: gives {len(output)} numbers for a text, a reward model gives one")
-    return math.nan if output is None else float(output)
+    if output is None:
+        return math.nan
+    if isinstance(output, bool) or not isinstance(output, int | float):
+        told = repr(output)
+        told = told if len(told) <= 40 else f"{told[:40]}..."
+        raise StageFailure(f"{where}: gives {told} for a text, where a number belongs; {_REMEDY}")
+    try:
+        return float(output)
+    except OverflowError:  # an integer of hundreds of digits
+        return math.inf
+
+
+def _outputs(answer: dict[str, Any], where: str) -> dict[int, Any]:
+    """{number of a text: what the server says of it}. Raises StageFailure where it does not say of which text."""
+    entries = answer.get("data")
+    if not isinstance(entries, list):
+        raise StageFailure(f"{where}: an answer lacks 'data', a list; {_REMEDY}")
+    by_index: dict[int, Any] = {}
+    for entry in entries:
+        index = entry.get("index") if isinstance(entry, dict) else None
+        if type(index) is not int or "data" not in entry:  # True is no number
+            raise StageFailure(f"{where}: an answer lacks 'index' (a number) or 'data' of a text; {_REMEDY}")
+        if index in by_index:
+            raise StageFailure(f"{where}: text {index} was answered twice; {_REMEDY}")
+        by_index[index] = entry["data"]
+    return by_index

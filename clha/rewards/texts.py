@@ -192,11 +192,39 @@ class ChatText:
 def text_encoder(folder: Path, max_tokens: int, *, closed: bool) -> TextEncoder:
     """The encoder for the model in `folder`: its chat template where it has one, role-tagged text otherwise.
 
-    `max_tokens` is lowered to what the model's positions allow.
+    `max_tokens` is lowered to what the tokenizer says of the model, and to what the model's positions allow.
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    positions = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None) or max_tokens
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    limit = min(max_tokens, positions)
+    if tokenizer.model_max_length > 0:  # a huge number where the tokenizer does not say
+        max_tokens = min(max_tokens, tokenizer.model_max_length)
+    limit = _within_positions(AutoConfig.from_pretrained(folder), max_tokens)
     return ChatText(folder, limit, closed=closed) if tokenizer.chat_template else RoleText(tokenizer, limit)
+
+
+def _within_positions(config: Any, tokens: int) -> int:
+    """At most `tokens`, and no more than a model of that configuration has positions for."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
+    if positions <= 0:  # XLNet says -1: as many as one likes
+        return tokens
+    padding = config.get_text_config().pad_token_id
+    rotary = getattr(config.get_text_config(), "rope_parameters", None)
+    if padding is None or rotary or tokens + padding + 1 <= positions:
+        return min(tokens, positions)
+    return min(tokens, positions - _unused_positions(config))
+
+
+def _unused_positions(config: Any) -> int:
+    """How many positions no token gets: RoBERTa and its kin count from the padding token's ID on.
+
+    Such models are known by their table of positions, which has a padding row; it is made here without memory.
+    """
+    import torch
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        model: Any = AutoModel.from_config(config)
+    tables = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
+    rows = [int(m.padding_idx) + 1 for m in tables if getattr(m, "padding_idx", None) is not None]
+    return max(rows, default=0)

@@ -20,6 +20,7 @@ from safetensors.torch import save
 
 from clha.digests import canonical_json, seed_of
 from clha.errors import StageFailure, UserError
+from clha.loading import load_whole
 from clha.progress import Progress
 from clha.rewards.adapters import classifier_logits, classifier_rewards
 from clha.rewards.calibration import fit_temperature
@@ -191,8 +192,16 @@ def _with_adapter(encoder: Path, fit: RewardFit) -> Any:
     lora = fit.lora
     torch.manual_seed(seed_of("reward adapter", fit.seed))
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=1, dtype=torch.float32)
-    except (ValueError, RuntimeError) as error:  # no such architecture, or a head with more outputs
+        model = load_whole(
+            AutoModelForSequenceClassification,
+            encoder,
+            "fit_reward: encoder",
+            "take another encoder or method: head",
+            new_head=True,
+            num_labels=1,
+            dtype=torch.float32,
+        )
+    except (ValueError, RuntimeError) as error:  # no such architecture
         raise UserError(
             f"fit_reward: {encoder.name} cannot become a classifier with one output ({_first_line(error)}); "
             "take another encoder or method: head"

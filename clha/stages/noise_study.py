@@ -223,9 +223,9 @@ def _policy(
 
     def make(writer: ArtifactWriter) -> dict[str, Any]:
         import pyarrow as pa
-        from transformers import AutoModelForCausalLM
 
         from clha.chat import load_chat
+        from clha.loading import load_policy
         from clha.study.detection import arm_weights, detect_by_length, flips
         from clha.study.policies import preference_margins, ranked_pair, train_policy
 
@@ -235,7 +235,7 @@ def _policy(
         usable = [(r, pair) for r, pair in tested if pair is not None]
         facts: dict[str, Any] = {}
         if untrained:
-            model = AutoModelForCausalLM.from_pretrained(study.given.policy, dtype="float32")
+            model = load_policy(study.given.policy)
         else:
             p_right = judged.p_right if judged else None
             if name == "length":

@@ -29,8 +29,8 @@ def reference(work: "Work") -> "Artifact":
     """The log-probability of every candidate under the policy; shards that are there already are kept."""
     import numpy as np
     import torch
-    from transformers import AutoModelForCausalLM
 
+    from clha.loading import load_policy
     from clha.store import read_parquet
     from clha.training import policy
     from clha.training.batches import Layout
@@ -46,7 +46,7 @@ def reference(work: "Work") -> "Artifact":
         table = read_parquet(path)
         if not writer.has_shard("reference", index):
             if model is None:
-                model = AutoModelForCausalLM.from_pretrained(work.models["policy"], dtype=torch.float32)
+                model = load_policy(work.models["policy"])
                 model.to(device)
                 abilities = policy.attach(model, settings.share_prompts)
                 layout = Layout(abilities.shares_prompts, device)

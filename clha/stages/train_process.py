@@ -75,9 +75,9 @@ def train_policy(job: Job, progress: Progress) -> dict[str, Any]:
     """
     import torch
     import transformers
-    from transformers import AutoModelForCausalLM
 
     from clha.chat import load_chat
+    from clha.loading import load_policy
     from clha.stages.work import peak_memory_bytes
     from clha.store import write_parquet_atomic
     from clha.training.callbacks import ReportProgress
@@ -101,7 +101,7 @@ def train_policy(job: Job, progress: Progress) -> dict[str, Any]:
         raise UserError("train: keep_best needs prompts of split dev, there are none; see prepare.splits and limits")
     transformers.set_seed(own.seed)  # a new adapter begins at random
     trainer = ClhaTrainer(
-        with_adapter(AutoModelForCausalLM.from_pretrained(job.policy, dtype=torch.float32), own.lora),
+        with_adapter(load_policy(job.policy), own.lora),
         _arguments(settings, job, evaluates=evaluates),
         train_dataset=train_set,
         eval_dataset=dev_set,

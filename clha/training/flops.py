@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from clha.training.batches import MicroBatch, causal_pairs
+from clha.windows import layer_windows
 
 
 def training_flops(model: Any, batch: MicroBatch) -> float:
@@ -29,7 +30,7 @@ def attention_flops(model: Any, batch: MicroBatch) -> float:
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    windows = _windows(config)
+    windows = layer_windows(config)
     pairs = sum(_pairs(batch, window) * windows.count(window) for window in set(windows))
     return 3.0 * 2 * 2 * pairs * heads * width
 
@@ -37,13 +38,6 @@ def attention_flops(model: Any, batch: MicroBatch) -> float:
 def _per_row(matrix: torch.Tensor) -> int:
     """Operations of its products with one row: forward, for the gradient of the row, and for its own if trained."""
     return 2 * matrix.numel() * (3 if matrix.requires_grad else 2)
-
-
-def _windows(config: Any) -> list[int | None]:
-    """How many keys each layer's attention sees at most, None for all."""
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-    return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
 def _pairs(batch: MicroBatch, window: int | None) -> int:

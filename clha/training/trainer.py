@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, set_seed
+from transformers import set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from clha.errors import UserError
+from clha.loading import load_policy
 from clha.training import checks, layers, policy
 from clha.training.arguments import ClhaConfig, refuse_unused
 from clha.training.batches import Layout, MicroBatch, RankedPrompt
@@ -59,7 +60,7 @@ class ClhaTrainer(SavingTrainer):
     ) -> None:
         refuse_unused(others)
         if isinstance(model, str):
-            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+            model = load_policy(model)
         if peft_config is not None:
             from peft import get_peft_model
 

@@ -89,6 +89,16 @@ def neox_folder(tiny_model: Path, folder: Path, pooling: str) -> Path:
     return folder
 
 
+def classifier_of(config: Any, tokenizer_of: Path, folder: Path) -> Path:
+    """A random sequence classifier of that configuration, on the tokenizer of a folder."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    torch.manual_seed(2)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer_of).save_pretrained(folder)
+    return folder
+
+
 class Loader:
     """Loads one reward model, with a token budget and from folders whose tokenizers pad on one side or the other."""
 
@@ -119,8 +129,10 @@ class Loader:
 @pytest.fixture(scope="session")
 def loaders(tiny_model: Path, classifier: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loader]:
     """name -> what loads that reward model."""
-    from transformers import BertConfig, BertForSequenceClassification
+    from transformers import BertConfig, BertForSequenceClassification, MistralConfig, XLMRobertaConfig, XLNetConfig
 
+    size = {"vocab_size": BertConfig.from_pretrained(write_bert(tmp_path_factory.mktemp("size"))).vocab_size}
+    size |= {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 1}
     bert = write_bert(tmp_path_factory.mktemp("bert"), layers=2)
     judge = tmp_path_factory.mktemp("bert-classifier")
     shutil.copytree(bert, judge, dirs_exist_ok=True)
@@ -137,6 +149,19 @@ def loaders(tiny_model: Path, classifier: Path, tmp_path_factory: pytest.TempPat
 
     tuned = {"method": "lora", "lora": {"rank": 8, "learning_rate": 3e-2, "batch_pairs": 8, "epochs": 6}}
     fitted = fit(tiny_model)
+    windows = MistralConfig(
+        **size, intermediate_size=64, num_key_value_heads=1, sliding_window=16, initializer_range=0.2, pad_token_id=1
+    )
+    windowed = classifier_of(windows, tiny_model, tmp_path_factory.mktemp("windowed"))
+    positions = XLMRobertaConfig(
+        **size, intermediate_size=64, max_position_embeddings=80, pad_token_id=1, initializer_range=0.2
+    )
+    xlm_roberta = classifier_of(positions, bert, tmp_path_factory.mktemp("xlm-roberta"))
+    xlnet = classifier_of(
+        XLNetConfig(vocab_size=size["vocab_size"], d_model=32, n_layer=2, n_head=2, d_inner=64, num_labels=1),
+        bert,
+        tmp_path_factory.mktemp("xlnet"),
+    )
     neox = {p: neox_folder(tiny_model, tmp_path_factory.mktemp(f"neox-{p}"), p) for p in ("last", "mean")}
 
     def load(folder: Folders | list[Folders], fitted: Path | None = None, **settings: Any) -> Loader:
@@ -154,6 +179,10 @@ def loaders(tiny_model: Path, classifier: Path, tmp_path_factory: pytest.TempPat
         ),
         "sequence_classification": load(classifier, type="sequence_classification", model="c"),
         "bert_classification": load(judge, type="sequence_classification", model="c"),
+        "fitted_windowed": load(windowed, fit(windowed, layer=2)),
+        "windowed_classification": load(windowed, type="sequence_classification", model="c"),
+        "xlm_roberta_classification": load(xlm_roberta, type="sequence_classification", model="c"),
+        "xlnet_classification": load(xlnet, type="sequence_classification", model="c"),
         "gpt_neox_last": load(neox["last"], type="gpt_neox_reward_model", model="n"),
         "gpt_neox_mean": load(neox["mean"], type="gpt_neox_reward_model", model="n"),
         "ensemble": load(
@@ -171,7 +200,8 @@ def loaders(tiny_model: Path, classifier: Path, tmp_path_factory: pytest.TempPat
 
 NAMES = [
     "fitted", "fitted_members", "fitted_mean_pooling", "fitted_lora", "fitted_lora_bert", "fitted_role_text",
-    "encoder_head", "sequence_classification", "bert_classification", "gpt_neox_last", "gpt_neox_mean", "ensemble",
+    "encoder_head", "sequence_classification", "bert_classification", "fitted_windowed", "windowed_classification",
+    "xlm_roberta_classification", "xlnet_classification", "gpt_neox_last", "gpt_neox_mean", "ensemble",
 ]  # fmt: skip
 
 

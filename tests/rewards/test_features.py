@@ -1,6 +1,8 @@
 """Frozen features: the layer that was asked for, prompts shared without a trace, what reward models read."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,6 +114,56 @@ def test_prompts_are_shared_only_where_that_saves_tokens(tiny_model: Path) -> No
     assert tokens(long, "Tea", True) < 0.75 * tokens(long, "Tea", False)
 
 
+def windowed(tiny_model: Path, folder: Path, kind: str) -> Path:
+    """A random causal model whose layers see 16 tokens back, or only the second one does ("half")."""
+    from transformers import AutoModel, AutoTokenizer, Gemma3TextConfig, MistralConfig, PretrainedConfig, Qwen2Config
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    size = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    size |= {"intermediate_size": 64, "num_key_value_heads": 1, "head_dim": 16, "initializer_range": 0.2}
+    kinds: dict[str, Callable[[], PretrainedConfig]] = {
+        "mistral": lambda: MistralConfig(**size, sliding_window=16),
+        "gemma3": lambda: Gemma3TextConfig(**size, sliding_window=16),
+        "half": lambda: Qwen2Config(**size, use_sliding_window=True, sliding_window=16, max_window_layers=1),
+        "off": lambda: Qwen2Config(**size, use_sliding_window=False, sliding_window=16),
+    }
+    torch.manual_seed(0)
+    AutoModel.from_config(kinds[kind]()).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer", "tokens", "shares"),
+    [
+        ("mistral", 2, 200, False),
+        ("gemma3", 1, 200, False),
+        ("half", 2, 200, False),
+        ("half", 1, 200, True),  # the layer with a window is not there
+        ("off", 2, 200, True),
+        ("mistral", 2, 17, False),
+        ("mistral", 2, 16, True),  # no text is longer than the window
+    ],
+)
+def test_features_of_a_model_with_windows_are_those_of_each_text_alone(
+    tiny_model: Path, tmp_path: Path, kind: str, layer: int, tokens: int, shares: bool
+) -> None:
+    """Alone and without any mask, as the model itself reads a text."""
+    folder = windowed(tiny_model, tmp_path, kind)
+    long = [{"role": "user", "content": "What is tea, and why do so many people like it?"}]
+    items = [RewardInput(long, text) for text in ("A drink.", "No.", "Leaves in hot water, and patience.", "Why not?")]
+    items += [RewardInput(ASKED, text) for text in ("A.", "Leaves, dried and put into water that has just boiled.")]
+    reader = encoder(folder, layer, max_tokens=tokens)
+    assert reader.shares_prefixes == shares
+    found = reader.features(items, tokens_per_batch=1000).values
+    for item, features in zip(items, found, strict=True):
+        e = reader.texts.encode(item)
+        with torch.inference_mode():
+            reader._model(torch.tensor([e.ids]))
+        assert reader._tap is not None
+        assert features == pytest.approx(reader._tap.states[0, e.start : e.end].mean(dim=0).numpy(), abs=1e-5)
+
+
 def out_of_memory_above(reader: FrozenEncoder, responses: int) -> list[list[int]]:
     """Lets `reader` run out of memory with a pack of more responses; returns what it is asked for."""
     pooled, asked = reader._pooled, []
@@ -209,6 +261,47 @@ def test_role_text_that_is_cut_still_begins_as_the_encoder_knows_it(bert: Path) 
     assert found.ids[0] == 2
     assert found.ids[found.start : found.end] == [4, 12]
     assert found.truncated
+
+
+def xlm_roberta(bert: Path, folder: Path, **tokenizer_settings: Any) -> Path:
+    """A random XLM-R with 24 positions, of which 22 can be used: tokens begin at the one after the padding token's."""
+    from transformers import AutoTokenizer, XLMRobertaConfig, XLMRobertaForSequenceClassification
+
+    torch.manual_seed(0)
+    config = XLMRobertaConfig(
+        vocab_size=13, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=24, pad_token_id=1, num_labels=1,
+    )  # fmt: skip
+    XLMRobertaForSequenceClassification(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(bert, **tokenizer_settings).save_pretrained(folder)
+    return folder
+
+
+LONG = [RewardInput([{"role": "user", "content": "tea " * k}], "a drink") for k in (30, 10, 3)]
+
+
+def test_positions_that_no_token_gets_are_not_counted(bert: Path, tmp_path: Path) -> None:
+    folder = xlm_roberta(bert, tmp_path)
+    texts = text_encoder(folder, 100, closed=False)
+    assert [(len(e.ids), e.truncated) for e in map(texts.encode, LONG)] == [(22, True), (18, False), (11, False)]
+    assert text_encoder(folder, 20, closed=False).max_tokens == 20
+    assert np.isfinite(encoder(folder, 2, "mean").features(LONG, tokens_per_batch=100).values).all()
+
+
+def test_the_limit_of_a_tokenizer_counts_where_it_has_one(bert: Path, tmp_path: Path) -> None:
+    folder = xlm_roberta(bert, tmp_path, model_max_length=15)
+    assert text_encoder(folder, 100, closed=False).max_tokens == 15
+    assert text_encoder(folder, 12, closed=False).max_tokens == 12
+
+
+def test_a_model_without_a_limit_reads_all_that_the_settings_allow(bert: Path, tmp_path: Path) -> None:
+    """XLNet, whose configuration says -1."""
+    from transformers import AutoTokenizer, XLNetConfig
+
+    XLNetConfig(vocab_size=13, d_model=32, n_layer=1, n_head=2, d_inner=64).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path)
+    texts = text_encoder(tmp_path, 30, closed=False)
+    assert [(len(e.ids), e.truncated) for e in map(texts.encode, LONG)] == [(30, True), (18, False), (11, False)]
 
 
 def test_role_text_loses_whole_turns_and_begins_with_the_user(bert: Path) -> None:

@@ -78,3 +78,38 @@ def test_a_folder_without_pickled_weights_and_a_taken_target_are_clear_errors(tm
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="exists already"):
         convert(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"state_dict": {"w": torch.ones(2)}, "epoch": 3}, "in a part of it ('state_dict')"),
+        ({"step": torch.tensor(1), "model": {"w": torch.ones(2)}, "optimizer": {}}, "('model' or 'optimizer')"),
+        ({"epoch": 3}, "has no named tensors"),
+        ({}, "has no named tensors"),
+        ({0: torch.ones(2)}, "has no named tensors"),
+        ([torch.ones(2)], "has no named tensors"),
+    ],
+    ids=["nested", "nested beside a tensor", "numbers", "empty", "numbered", "a list"],
+)
+def test_a_file_without_named_tensors_makes_no_model(tmp_path: Path, content: object, said: str) -> None:
+    source, target = tmp_path / "a", tmp_path / "b"
+    source.mkdir()
+    torch.save(content, source / "pytorch_model.bin")
+    with pytest.raises(UserError) as raised:
+        convert(source, target)
+    assert said in str(raised.value) and str(source / "pytorch_model.bin") in str(raised.value)
+    assert not target.exists() and not list(tmp_path.glob(".tmp-*"))
+
+
+def test_what_training_leaves_beside_the_weights_is_ignored(tmp_path: Path) -> None:
+    source, target = tmp_path / "a", tmp_path / "b"
+    source.mkdir()
+    beside = ["optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state.pth", "rng_state_0.pth"]
+    for name in (*beside, "training_args.bin"):
+        torch.save({"state": {0: torch.ones(2)}}, source / name)
+    with pytest.raises(UserError, match="has no pickled weights"):
+        convert(source, target)
+    torch.save({"w": torch.ones(2)}, source / "pytorch_model.bin")
+    assert [f.name for f in convert(source, target)] == ["pytorch_model.bin"]
+    assert [f.name for f in target.iterdir()] == ["model.safetensors"]

@@ -249,6 +249,56 @@ def test_a_reward_server_that_is_busy_is_asked_again(
     assert found.rewards.tolist() == [0.5] * 3
 
 
+def answer_of(*values: Any, at: list[Any] | None = None) -> dict[str, Any]:
+    """What a server says of as many texts; `at`: the numbers that it gives them."""
+    places = list(range(len(values))) if at is None else at
+    return {"data": [{"index": i, "data": v} for i, v in zip(places, values, strict=True)]}
+
+
+# Answers to three texts -> what is said of them.
+JUNK: dict[str, tuple[dict[str, Any], str]] = {
+    "one text twice": (answer_of([0.1], [0.2], [0.3], at=[0, 0, 2]), "text 0 was answered twice"),
+    "other texts": (answer_of([0.1], [0.2], [0.3], at=[0, 1, 5]), "3 texts asked for, number 5 answered"),
+    "a negative number": (answer_of([0.1], [0.2], [0.3], at=[0, 1, -1]), "number -1 answered"),
+    "too few": (answer_of([0.1], [0.2]), "3 texts asked for, 2 answered"),
+    "no numbers": (answer_of([0.1], [0.2], [0.3], at=[None] * 3), "lacks 'index' (a number) or 'data'"),
+    "numbers that are words": (answer_of([0.1], [0.2], [0.3], at=["0", "1", "2"]), "lacks 'index'"),
+    "numbers that are truths": (answer_of([0.1], [0.2], [0.3], at=[False, True, 2]), "lacks 'index'"),
+    "no rewards": ({"data": [{"index": i} for i in range(3)]}, "lacks 'index' (a number) or 'data'"),
+    "no objects": ({"data": [0.1, 0.2, 0.3]}, "lacks 'index'"),
+    "no list": ({"data": "abc"}, "lacks 'data', a list"),
+    "null": ({"data": None}, "lacks 'data', a list"),
+    "words": (answer_of(["abc"], [0.2], [0.3]), "gives 'abc' for a text, where a number belongs"),
+    "base64": (answer_of("AACAPw==" * 9, [0.2], [0.3]), "gives 'AACAPw==AACAPw==AACAPw==AACAPw==AACAPw=... for"),
+    "an object": (answer_of({"x": 1}, [0.2], [0.3]), "gives {'x': 1} for a text"),
+    "a truth": (answer_of([True], [0.2], [0.3]), "gives True for a text"),
+    "a number in quotes": (answer_of(["1.5"], [0.2], [0.3]), "gives '1.5' for a text"),
+}
+
+
+@pytest.mark.parametrize("case", JUNK)
+def test_junk_of_a_server_is_refused_in_one_line_that_names_it(
+    reward_model: Path, answering: Callable[[Callable[..., Any]], str], case: str
+) -> None:
+    junk, said = JUNK[case]
+    url = answering(lambda path, headers, body: (200, junk if body else serving("/m").get(path, {})))
+    with pytest.raises(StageFailure) as raised:
+        load_scorer(asks(url), reward_model, None, "cpu").score(inputs(3))
+    line = str(raised.value)
+    assert said in line and "\n" not in line
+    assert line.startswith(url.removesuffix("/v1")) and line.endswith("(vllm serve MODEL --runner pooling)")
+
+
+def test_numbers_of_a_server_that_are_not_finite_are_rewards_for_the_quarantine(
+    reward_model: Path, answering: Callable[[Callable[..., Any]], str]
+) -> None:
+    answer = answer_of(None, [10**400], [[2]])
+    url = answering(lambda path, headers, body: (200, answer if body else serving("/m").get(path, {})))
+    found = load_scorer(asks(url), reward_model, None, "cpu").score(inputs(3)).rewards
+    assert sorted(found, key=lambda r: (np.isnan(r), r))[:2] == [2.0, np.inf]  # the texts are asked by length
+    assert np.isnan(found).sum() == 1
+
+
 def test_an_answer_without_rewards_is_refused(
     reward_model: Path, answering: Callable[[Callable[..., Any]], str]
 ) -> None:
