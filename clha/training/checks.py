@@ -36,6 +36,18 @@ def check_generator_logps(token_logps: Tensor, generator_logps: Tensor, toleranc
     return line
 
 
+def rounding_note(model: torch.nn.Module) -> str:
+    """One line where weights that are trained have 16 bits, or "": AdamW's step may be below their last bit."""
+    kinds = {p.dtype for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)}
+    if not kinds:
+        return ""
+    names = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+    return (
+        f"the weights that are trained are {names}: small steps are lost to rounding; load the model with "
+        "dtype=torch.float32, bf16=True computes in bfloat16 over them"
+    )
+
+
 @torch.no_grad()
 def largest_weights(model: torch.nn.Module) -> Tensor:
     """The largest absolute weight of each parameter that is trained, summed, float64; not finite where one is not.

@@ -77,7 +77,8 @@ class ClhaTrainer(SavingTrainer):
         self.abilities = policy.attach(
             model, args.share_prompts, args.logits_megabytes << 20, self._alone, args.torch_compile
         )
-        self.notes = [self.abilities.reason] if self.abilities.reason else []  # lines that a person should read
+        # Lines that a person should read.
+        self.notes = [line for line in (self.abilities.reason, checks.rounding_note(model)) if line]
         for note in self.notes:
             _LOG.warning(note)
         pad_token_id = getattr(processing_class, "pad_token_id", None) or 0

@@ -1,6 +1,7 @@
 """What stops a training run: losses, gradients and weights that are not finite, and candidates of another policy."""
 
 import copy
+import logging
 import math
 from pathlib import Path
 
@@ -106,3 +107,27 @@ def test_the_generators_log_probabilities_are_compared_before_the_first_step(tmp
 def test_responses_that_were_not_generated_are_not_compared():
     line = checks.check_generator_logps(torch.zeros(3), torch.full((3,), math.nan), 0.05)
     assert "not compared" in line
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_trained_weights_of_16_bits_are_told_in_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, dtype: torch.dtype
+):
+    name = str(dtype).removeprefix("torch.")
+    line = (
+        f"the weights that are trained are {name}: small steps are lost to rounding; load the model with "
+        "dtype=torch.float32, bf16=True computes in bfloat16 over them"
+    )
+    with caplog.at_level(logging.WARNING, logger="clha.training"):
+        made = trainer(tmp_path, model=small_llama().to(dtype))
+    assert made.notes == [line]
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("clha.")] == [line]
+
+
+def test_frozen_weights_of_16_bits_under_an_adapter_are_as_they_should_be(tmp_path: Path):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(small_llama().to(torch.bfloat16), LoraConfig(target_modules=["q_proj"]))
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert trainer(tmp_path, model=model).notes == []
+    assert trainer(tmp_path).notes == []
