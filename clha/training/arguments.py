@@ -1,6 +1,7 @@
 """Settings of a training run, as transformers' TrainingArguments with what CLHA adds."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +9,27 @@ from transformers import TrainingArguments
 
 from clha.errors import UserError
 from clha.training.objectives import LOSSES
+
+# What the numbers may be, in words and as a test, which NaN never passes.
+_Rule = tuple[str, Callable[[float], bool]]
+_NOT_NEGATIVE: _Rule = ("at least 0", lambda value: 0 <= value < math.inf)
+_POSITIVE: _Rule = ("above 0", lambda value: 0 < value < math.inf)
+_ONE_OR_MORE: _Rule = ("at least 1", lambda value: 1 <= value < math.inf)
+_RULES: dict[str, _Rule] = {
+    "margin": _NOT_NEGATIVE,
+    "reward_gap": _NOT_NEGATIVE,
+    "sft_threshold": ("a number", lambda value: not math.isnan(value)),  # infinite: always, never
+    "sft_weight": _NOT_NEGATIVE,
+    "beta": _POSITIVE,
+    "label_smoothing": ("at least 0 and below 0.5", lambda value: 0 <= value < 0.5),
+    "tokens_per_micro_batch": _ONE_OR_MORE,
+    "logits_megabytes": _NOT_NEGATIVE,
+    "logprob_tolerance": _POSITIVE,
+    "per_device_train_batch_size": _ONE_OR_MORE,
+    "per_device_eval_batch_size": _ONE_OR_MORE,
+    "gradient_accumulation_steps": _ONE_OR_MORE,
+}
+_SMOOTHED = ("dpo_smoothed", "dpo_robust")
 
 
 @dataclass
@@ -87,6 +109,11 @@ class ClhaConfig(TrainingArguments):
             raise ValueError(f"normalization must be batch or reference, not {self.normalization!r}")
         if self.sft_by not in ("sum", "mean"):
             raise ValueError(f"sft_by must be sum or mean, not {self.sft_by!r}")
+        for name, (wanted, allows) in _RULES.items():
+            if not allows(getattr(self, name)):
+                raise ValueError(f"{name} must be {wanted}, not {getattr(self, name)}")
+        if self.label_smoothing and self.loss not in _SMOOTHED:
+            raise ValueError(f"label_smoothing needs loss {' or '.join(_SMOOTHED)}, it is {self.loss}")
         if self.fsdp and int(self.fsdp_config.get("version", 2)) != 2:  # type: ignore[union-attr, arg-type]
             raise ValueError("fsdp_config version 1 is not supported: use 2")
         if self.n_gpu > 1:
