@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, set_seed
+from transformers import AutoModelForCausalLM
 from transformers.trainer_utils import EvalLoopOutput
 
 from clha.errors import UserError
@@ -17,6 +17,7 @@ from clha.training.arguments import ClhaConfig, refuse_unused
 from clha.training.batches import Layout, MicroBatch, RankedPrompt
 from clha.training.datasets import as_ranked_prompts
 from clha.training.flops import peak_flops, training_flops
+from clha.training.given import with_adapter
 from clha.training.loader import PromptSampler, prompt_loader
 from clha.training.logprobs import sum_by_response
 from clha.training.metrics import Pace, Sums
@@ -40,7 +41,7 @@ class ClhaTrainer(SavingTrainer):
         others: as for any Trainer (callbacks, optimizers, ...).
 
     Raises:
-        UserError: something is given that would not be used, as compute_metrics.
+        UserError: something is given that would not be used, as compute_metrics, or that cannot be trained.
     """
 
     args: ClhaConfig
@@ -60,11 +61,7 @@ class ClhaTrainer(SavingTrainer):
         refuse_unused(others)
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            set_seed(args.seed)  # an adapter begins at random
-            model = get_peft_model(model, peft_config)
+        model = with_adapter(model, peft_config, args.seed)
         super().__init__(
             model=model,
             args=args,

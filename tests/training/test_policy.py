@@ -18,6 +18,7 @@ from transformers import (
     GemmaConfig,
     GPTNeoXConfig,
     GraniteConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
@@ -68,6 +69,9 @@ SHARING = {
 }
 PADDED = {
     "bloom": BloomConfig(vocab_size=VOCABULARY, hidden_size=64, n_layer=2, n_head=4),
+    "llama4": Llama4TextConfig(
+        **SMALL, head_dim=16, attention_chunk_size=8, num_local_experts=2, intermediate_size_mlp=96
+    ),
     "mamba": MambaConfig(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2),
 }
 
