@@ -63,7 +63,7 @@ def largest_weights(model: torch.nn.Module) -> Tensor:
 
 
 def check_finite(value: float, what: str, step: int, prompt_ids: Sequence[str], checkpoints: Path) -> None:
-    """Raises StageFailure when `value` (a loss, a gradient norm, weights that a checkpoint would hold) is not finite.
+    """Raises StageFailure when `value` (a loss, a gradient norm, weights that would be saved) is not finite.
 
     It is called before anything is overwritten.
     """
@@ -71,8 +71,9 @@ def check_finite(value: float, what: str, step: int, prompt_ids: Sequence[str], 
         return
     good = [p for p in checkpoints.glob("checkpoint-*") if _is_good(p)]
     last = max(good, key=lambda p: int(p.name.rpartition("-")[2])).name if good else "none"
+    prompts = f"prompts {', '.join(prompt_ids)}; " if prompt_ids else ""
     raise StageFailure(
-        f"train: {what} is {value} in step {step}; prompts {', '.join(prompt_ids)}; "
+        f"train: {what} is {value} in step {step}; {prompts}"
         f"last good checkpoint: {last}; lower the learning rate or look at these prompts"
     )
 

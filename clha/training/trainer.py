@@ -83,6 +83,7 @@ class ClhaTrainer(SavingTrainer):
         self.train_dataset, self.eval_dataset = self._prompts(train_dataset), self._prompts(eval_dataset)
         self._candidates = getattr(self.train_dataset, "max_candidates", 2)
         self._pace, self._checked = Pace(args.loss), False
+        self._prompt_ids: list[str] = []  # of the step
         self._peak: float | None = None
 
     def _prompts(self, dataset: Any) -> Any:
@@ -215,5 +216,13 @@ class ClhaTrainer(SavingTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self._pace.paused():
-            self._check_finite(self._summed(checks.largest_weights(model)), "a weight", self.state.global_step)
             super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As any Trainer's. Raises StageFailure, before anything is overwritten, where a weight is not finite."""
+        model: Any = self.model
+        largest = checks.largest_weights(model)
+        # Copies are alike, and a script may let one process alone save them; shards are saved by all.
+        largest = self._summed(largest) if self.is_fsdp_enabled else largest
+        self._check_finite(largest, "a weight", self.state.global_step)
+        super().save_model(output_dir, _internal_call)

@@ -49,6 +49,35 @@ def test_weights_that_an_update_spoilt_never_become_a_checkpoint(tmp_path: Path,
     assert not (tmp_path / "checkpoint-2").exists()
 
 
+class SpoilTheLastStep(TrainerCallback):
+    """An infinite value in a weight that is trained, after the only step."""
+
+    def on_optimizer_step(self, args, state, control, model=None, **_):
+        with torch.no_grad():
+            next(p for p in model.parameters() if p.requires_grad).view(-1)[3] = math.inf
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["all weights", "an adapter"])
+def test_weights_that_the_last_step_spoilt_are_not_saved_over_good_ones(tmp_path: Path, lora: bool):
+    made = trainer(tmp_path / "out", model=small_llama(lora=lora), max_steps=1)
+    made.save_model(str(tmp_path / "saved"))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()}
+    made.add_callback(SpoilTheLastStep())
+    made.train()
+    with pytest.raises(StageFailure, match=r"a weight is inf in step 1; prompts prompt-0-.*last good checkpoint: none"):
+        made.save_model(str(tmp_path / "saved"))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()} == before
+
+
+def test_weights_are_looked_at_once_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    looked, look = [], checks.largest_weights
+    monkeypatch.setattr(checks, "largest_weights", lambda model: looked.append(model) or look(model))
+    made = trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    made.train()
+    made.save_model()
+    assert len(looked) == 3
+
+
 def test_an_infinite_gradient_stops_before_the_weights_change(tmp_path: Path):
     model = small_llama()
     before = weights(model)
