@@ -29,6 +29,15 @@ _RULES: dict[str, _Rule] = {
     "per_device_eval_batch_size": _ONE_OR_MORE,
     "gradient_accumulation_steps": _ONE_OR_MORE,
 }
+# What a Trainer takes and this one would leave aside without a word, and why there is no use for it.
+_UNSUPPORTED = {
+    "label_smoothing_factor": "it smooths a cross-entropy; label_smoothing is that of dpo_smoothed and dpo_robust",
+    "dataloader_drop_last": "the last step of an epoch takes the prompts that are left, with denominators of its own",
+    "eval_accumulation_steps": "evaluate() keeps sums, no predictions",
+    "batch_eval_metrics": "evaluate() keeps sums, no predictions",
+    "include_for_metrics": "there is no compute_metrics",
+    "torch_empty_cache_steps": "tokens_per_micro_batch and logits_megabytes bound the memory",
+}
 _SMOOTHED = ("dpo_smoothed", "dpo_robust")
 
 
@@ -95,14 +104,22 @@ class ClhaConfig(TrainingArguments):
                 "fp16, fp16_full_eval and bf16_full_eval are not supported: the loss scaling of float16 overflows on "
                 "purpose, and evaluation computes as training does; use bf16=True"
             )
+        for name, why in _UNSUPPORTED.items():
+            if getattr(self, name):
+                raise ValueError(f"{name} is not supported: {why}")
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"train_sampling_strategy must be random or sequential, not {self.train_sampling_strategy!r}: prompts "
+                "are packed up to tokens_per_micro_batch, whatever their lengths"
+            )
+        if not self.dataloader_in_order:
+            raise ValueError("dataloader_in_order=False is not supported: a run that is resumed needs the order")
         if self.torch_compile_backend or self.torch_compile_mode:
             raise ValueError("torch_compile_backend and torch_compile_mode are not supported: torch_compile=True is")
         # Blocks are compiled when the trainer is made; accelerate would compile all of the model, layout and attention.
         compiled, self.torch_compile = self.torch_compile, False
         super().__post_init__()
         self.torch_compile = compiled
-        # One value for `label_smoothing`: TrainingArguments has one for cross-entropy, which is not used here.
-        self.label_smoothing_factor = 0.0
         if self.loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, not {self.loss!r}")
         if self.normalization not in ("batch", "reference"):

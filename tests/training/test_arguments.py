@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_cases import config
+from training_cases import config, trainer
 
 
 @pytest.mark.parametrize(
@@ -48,3 +48,42 @@ def test_numbers_at_the_ends_of_their_ranges_are_taken(tmp_path: Path):
 def test_smoothing_that_the_loss_would_leave_aside_is_refused(tmp_path: Path, loss: str):
     with pytest.raises(ValueError, match=f"label_smoothing needs loss dpo_smoothed or dpo_robust, it is {loss}"):
         config(tmp_path, loss=loss, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"label_smoothing_factor": 0.1},
+        {"dataloader_drop_last": True},
+        {"eval_accumulation_steps": 2},
+        {"batch_eval_metrics": True},
+        {"include_for_metrics": ["inputs"]},
+        {"torch_empty_cache_steps": 2},
+        {"dataloader_in_order": False},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_arguments_of_a_trainer_that_would_be_ignored_are_refused_in_one_line(tmp_path: Path, settings: dict[str, Any]):
+    with pytest.raises(ValueError, match=f"^{next(iter(settings))}.* is not supported: ") as caught:
+        config(tmp_path, **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_prompts_are_taken_in_their_own_order_on_request_and_by_length_never(tmp_path: Path):
+    settings = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 4}
+    loader = trainer(tmp_path, **settings).get_train_dataloader()
+    assert [prompt.prompt_id for batch in loader for prompt in batch] == [f"prompt-0-{i}" for i in range(30)]
+    with pytest.raises(ValueError, match="train_sampling_strategy must be random or sequential, not 'group_by_length'"):
+        config(tmp_path, train_sampling_strategy="group_by_length")
+
+
+def test_what_changes_the_speed_of_workers_alone_reaches_the_loader(tmp_path: Path):
+    workers = {"num_workers": 1, "persistent_workers": True, "prefetch_factor": 3, "multiprocessing_context": "spawn"}
+    loader = trainer(tmp_path, **{f"dataloader_{k}": v for k, v in workers.items()}).get_train_dataloader()
+    assert loader.num_workers == 1 and loader.persistent_workers and loader.prefetch_factor == 3
+    assert loader.multiprocessing_context.get_start_method() == "spawn"
+
+
+def test_settings_can_be_written_down_and_read_again(tmp_path: Path):
+    made = config(tmp_path, loss="dpo_robust", label_smoothing=0.1)
+    assert type(made)(**made.to_dict()).to_dict() == made.to_dict()
