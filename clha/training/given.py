@@ -1,11 +1,49 @@
-"""What a trainer is given, made ready: a model, perhaps with a new adapter."""
+"""What a trainer is given, made ready: settings, a tokenizer, a model, perhaps with a new adapter."""
 
+import os
 from typing import Any
 
-from transformers import PreTrainedModel, set_seed
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from clha.errors import UserError
 from clha.training import policy
+from clha.training.arguments import ClhaConfig
+
+
+def settings(args: Any) -> ClhaConfig:
+    """`args`, or the defaults where there are none. Raises UserError for those of another trainer."""
+    if args is None:
+        return ClhaConfig()
+    if not isinstance(args, ClhaConfig):
+        raise UserError(
+            f"args: {type(args).__name__} has no settings of the losses; give a clha.ClhaConfig, which takes the same "
+            "arguments and these"
+        )
+    return args
+
+
+def loaded(model: Any, processing_class: Any) -> tuple[Any, Any]:
+    """The model, and its tokenizer where none is given: loaded, in float32, where `model` is a name or a folder."""
+    if not isinstance(model, str | os.PathLike):
+        return model, processing_class
+    name = os.fspath(model)
+    if processing_class is None:
+        try:
+            processing_class = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        except (OSError, ValueError, KeyError):
+            processing_class = None  # it has none that can be read: token ids need none, and text says so
+    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, trust_remote_code=False), processing_class
+
+
+def tokenizer_of(processing_class: Any) -> Any:
+    """The tokenizer: `processing_class` itself, or that of a processor. Raises UserError where it is neither."""
+    tokenizer = processing_class
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        tokenizer = getattr(processing_class, "tokenizer", None)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise UserError(f"processing_class: {type(processing_class).__name__} is no tokenizer and has none")
+    return tokenizer
 
 
 def with_adapter(model: Any, peft_config: Any, seed: int) -> Any:

@@ -1,18 +1,21 @@
-"""What a trainer writes and uploads: checkpoints that are whole, and no pickle but a checkpoint's own states."""
+"""What a trainer writes and uploads: what is finite, checkpoints that are whole, no pickle but their own states."""
 
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
+from torch import Tensor
 from transformers import EarlyStoppingCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy, SaveStrategy, rotate_checkpoints
 from transformers.utils import PushInProgress
 
 from clha.errors import UserError
+from clha.training import checks
 from clha.training.checkpoints import last_checkpoint, mark_complete, why_not_resumable
 from clha.training.processes import ProcessesTrainer
 
@@ -31,7 +34,10 @@ _FOR_RESUMING = (
 
 
 class SavingTrainer(ProcessesTrainer):
-    """A Trainer that marks whole checkpoints, resumes from those only, and leaves no pickled arguments."""
+    """A Trainer that saves nothing that is not finite, marks whole checkpoints, resumes from those only, and leaves no
+    pickled arguments."""
+
+    _prompt_ids: Sequence[str] = ()  # of the step, in all processes
 
     def train(
         self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, *args: Any, **kwargs: Any
@@ -76,6 +82,19 @@ class SavingTrainer(ProcessesTrainer):
         return self.state.global_step >= self.state.max_steps or any(
             callback.early_stopping_patience_counter >= callback.early_stopping_patience for callback in early
         )
+
+    def _check_finite(self, value: Tensor, what: str, step: int) -> None:
+        folder = Path(self.args.output_dir or ".")
+        checks.check_finite(float(value.detach()), what, step, self._prompt_ids, folder)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As any Trainer's. Raises StageFailure, before anything is overwritten, where a weight is not finite."""
+        model: Any = self.model
+        largest = checks.largest_weights(model)
+        # Copies are alike, and a script may let one process alone save them; shards are saved by all.
+        largest = self._summed(largest) if self.is_fsdp_enabled else largest
+        self._check_finite(largest, "a weight", self.state.global_step)
+        super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)

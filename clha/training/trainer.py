@@ -2,22 +2,19 @@
 
 import contextlib
 import logging
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 from transformers.trainer_utils import EvalLoopOutput
 
 from clha.errors import UserError
-from clha.training import checks, layers, policy
+from clha.training import checks, given, layers, policy
 from clha.training.arguments import ClhaConfig, refuse_unused
 from clha.training.batches import Layout, MicroBatch, RankedPrompt
 from clha.training.datasets import as_ranked_prompts
 from clha.training.flops import peak_flops, training_flops
-from clha.training.given import with_adapter
 from clha.training.loader import PromptSampler, prompt_loader
 from clha.training.logprobs import sum_by_response
 from clha.training.metrics import Pace, Sums
@@ -33,10 +30,11 @@ class ClhaTrainer(SavingTrainer):
 
     Args:
         model: the model, or a name or folder to load it from (in float32).
-        args: a `ClhaConfig`.
+        args: a `ClhaConfig`; without, its defaults.
         train_dataset, eval_dataset: `clha.training.preferences.Preferences`, or a `datasets.Dataset` in the
             preferences form or one of TRL's pair formats, see `clha.training.datasets`. To evaluate on: a dict too.
-        processing_class: the tokenizer; needed for text.
+        processing_class: the tokenizer, or a processor that has one; needed for text. A model that is given by its name
+            brings its own.
         peft_config: of an adapter to train instead of all weights.
         others: as for any Trainer (callbacks, optimizers, ...).
 
@@ -51,7 +49,7 @@ class ClhaTrainer(SavingTrainer):
     def __init__(
         self,
         model: Any,
-        args: ClhaConfig,
+        args: ClhaConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
@@ -59,9 +57,9 @@ class ClhaTrainer(SavingTrainer):
         **others: Any,
     ) -> None:
         refuse_unused(others)
-        if isinstance(model, str):
-            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        model = with_adapter(model, peft_config, args.seed)
+        args, (model, processing_class) = given.settings(args), given.loaded(model, processing_class)
+        self._tokenizer = given.tokenizer_of(processing_class)
+        model = given.with_adapter(model, peft_config, args.seed)
         super().__init__(
             model=model,
             args=args,
@@ -78,19 +76,18 @@ class ClhaTrainer(SavingTrainer):
         self.notes = [line for line in (self.abilities.reason, checks.rounding_note(model)) if line]
         for note in self.notes:
             _LOG.warning(note)
-        pad_token_id = getattr(processing_class, "pad_token_id", None) or 0
+        pad_token_id = getattr(self._tokenizer, "pad_token_id", None) or 0
         self._layout = Layout(self.abilities.shares_prompts, args.device, pad_token_id)
         self.train_dataset, self.eval_dataset = self._prompts(train_dataset), self._prompts(eval_dataset)
         self._candidates = getattr(self.train_dataset, "max_candidates", 2)
         self._pace, self._checked = Pace(args.loss), False
-        self._prompt_ids: list[str] = []  # of the step
         self._peak: float | None = None
 
     def _prompts(self, dataset: Any) -> Any:
         """A dataset, or each of a dict of them, as ranked prompts; for DPO with the reference's log-probabilities."""
         if isinstance(dataset, dict):
             return {name: self._prompts(part) for name, part in dataset.items()}
-        args, prompts = self.args, as_ranked_prompts(dataset, self.processing_class, **self.args.reward_rule())
+        args, prompts = self.args, as_ranked_prompts(dataset, self._tokenizer, **self.args.reward_rule())
         if args.loss not in REFERENCE_LOSSES:
             return prompts
         trained = self.state.global_step > 0
@@ -166,10 +163,6 @@ class ClhaTrainer(SavingTrainer):
             known = torch.full_like(logps, torch.nan) if known is None else known.cpu()
             self.notes.append(checks.check_generator_logps(logps, known, self.args.logprob_tolerance))
 
-    def _check_finite(self, value: Tensor, what: str, step: int) -> None:
-        folder = Path(self.args.output_dir or ".")
-        checks.check_finite(float(value.detach()), what, step, self._prompt_ids, folder)
-
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         value = torch.as_tensor(0.0 if norm is None else norm)
@@ -217,12 +210,3 @@ class ClhaTrainer(SavingTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self._pace.paused():
             super()._save_checkpoint(model, trial)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As any Trainer's. Raises StageFailure, before anything is overwritten, where a weight is not finite."""
-        model: Any = self.model
-        largest = checks.largest_weights(model)
-        # Copies are alike, and a script may let one process alone save them; shards are saved by all.
-        largest = self._summed(largest) if self.is_fsdp_enabled else largest
-        self._check_finite(largest, "a weight", self.state.global_step)
-        super().save_model(output_dir, _internal_call)
