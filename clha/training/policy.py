@@ -63,7 +63,7 @@ def attach(
     abilities = _find_out(causal, share_prompts, reference_attention, accumulate)
     causal._clha_original = (causal.forward, own_attention)
     causal.set_attn_implementation(attention.NAME if abilities.shares_prompts else reference_attention)
-    causal.forward = types.MethodType(_forward(causal, abilities, own_attention, logits_bytes), causal)
+    causal.forward = types.MethodType(_forward(abilities, own_attention, logits_bytes), causal)
     if compiled:
         layers.unfuse(causal)  # what was replaced would be in the compiler's way
         layers.compile_blocks(causal)
@@ -104,10 +104,9 @@ def response_logps(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
     )
 
 
-def _forward(causal: Any, abilities: Abilities, own_attention: str, logits_bytes: int) -> Callable[..., Any]:
-    original, _ = causal._clha_original
-
+def _forward(abilities: Abilities, own_attention: str, logits_bytes: int) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, targets: Tensor | None = None, **kwargs: Any) -> Any:
+        original, _ = self._clha_original  # of a copy of the model: its own
         if targets is None:
             training_attention = self.config._attn_implementation
             self.set_attn_implementation(own_attention)

@@ -69,6 +69,8 @@ class ClhaTrainer(SavingTrainer):
             **others,
         )
         self._alone = args.world_size == 1
+        if args.torch_compile:
+            layers.check_compiler(args.device)
         self.abilities = policy.attach(
             model, args.share_prompts, args.logits_megabytes << 20, self._alone, args.torch_compile
         )

@@ -215,6 +215,19 @@ def test_what_would_end_in_an_infinite_gradient_or_change_the_evaluation_is_refu
     assert "\n" not in str(caught.value)
 
 
+def test_compiled_blocks_on_a_cpu_without_a_compiler_are_refused_in_one_line(tmp_path: Path):
+    from torch._inductor import config as inductor
+
+    with (
+        inductor.patch("cpp.cxx", ("no-such-compiler",)),
+        pytest.raises(
+            UserError, match=r"torch_compile: a CPU needs a C\+\+ compiler .*or leave torch_compile out"
+        ) as caught,
+    ):
+        trainer(tmp_path, torch_compile=True)
+    assert "\n" not in str(caught.value)
+
+
 def test_the_first_form_of_sharding_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="fsdp_config version 1 is not supported: use 2"):
         config(tmp_path, fsdp=True, fsdp_config={"version": 1})
