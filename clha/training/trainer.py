@@ -199,15 +199,24 @@ class ClhaTrainer(SavingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics of the steps since the last log to a training log."""
         if "loss" in logs and "learning_rate" in logs:
-            self._pace.sums.values = self._summed(self._pace.sums.values)
-            self.state.num_input_tokens_seen += int(self._pace.sums["tokens"])
+            self._count_tokens()
             if self._peak is None:
                 dtype = torch.bfloat16 if self.args.bf16 else torch.float32
                 with self._pace.paused():
                     self._peak = peak_flops(self.args.device, dtype) * self.args.world_size
             logs |= self._pace.metrics(self._peak) | {"num_tokens": self.state.num_input_tokens_seen}
             self._pace = Pace(self.args.loss)
+        elif "train_runtime" in logs:  # training is over; steps since the last row of metrics count too
+            self._count_tokens()
+            self._pace = Pace(self.args.loss)
         super().log(logs, start_time)
+
+    def _count_tokens(self) -> None:
+        self._pace.sums.values = self._summed(self._pace.sums.values)
+        self.state.num_input_tokens_seen += int(self._pace.sums["tokens"])
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        """Nothing: `log` counts the tokens that were computed; transformers looks for token ids in the batch."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self._pace.paused():

@@ -285,6 +285,21 @@ def test_metrics_are_those_of_the_pairs_that_were_kept(tmp_path: Path):
     assert {str(f.type) for f in table.schema} == {"int64", "double"}
 
 
+def test_tokens_are_counted_whatever_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Four steps: a row for each, for the first three, for none."""
+    counts: list[int] = []
+    said: list[str] = []
+    monkeypatch.setattr("transformers.trainer.logger.warning", lambda line, *_: said.append(line))
+    for settings in ({}, {"logging_steps": 3}, {"logging_strategy": "no"}):
+        made = trainer(tmp_path, include_num_input_tokens_seen="all", **settings)
+        made.train()
+        counts.append(made.state.num_input_tokens_seen)
+        for row in made.state.log_history:
+            assert row["num_input_tokens_seen"] == row.get("num_tokens", counts[0])
+    assert counts == [counts[0]] * 3 and counts[0] > 0
+    assert said == []
+
+
 def test_what_is_measured_once_is_no_part_of_a_steps_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The device's peak takes two seconds here; steps of this model take a fraction of one."""
 
