@@ -16,7 +16,9 @@ def load_whole(auto: Any, folder: Path | str, what: str, remedy: str, *, new_hea
 
     Raises UserError where the files lack a weight or have one of another shape.
     """
-    model, found = auto.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    model, found = auto.from_pretrained(
+        folder, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **options
+    )
     for name, stored, needed in sorted(found["mismatched_keys"]):
         raise UserError(f"{what} {folder}: its {name} has shape {list(stored)}, {list(needed)} is needed; {remedy}")
     lost = sorted(n for n in found["missing_keys"] if not (new_head and _in_head(model, n)))

@@ -1,6 +1,7 @@
 """Settings of a training run, as transformers' TrainingArguments with what CLHA adds."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +9,36 @@ from transformers import TrainingArguments
 
 from clha.errors import UserError
 from clha.training.objectives import LOSSES
+
+# What the numbers may be, in words and as a test, which NaN never passes.
+_Rule = tuple[str, Callable[[float], bool]]
+_NOT_NEGATIVE: _Rule = ("at least 0", lambda value: 0 <= value < math.inf)
+_POSITIVE: _Rule = ("above 0", lambda value: 0 < value < math.inf)
+_ONE_OR_MORE: _Rule = ("at least 1", lambda value: 1 <= value < math.inf)
+_RULES: dict[str, _Rule] = {
+    "margin": _NOT_NEGATIVE,
+    "reward_gap": _NOT_NEGATIVE,
+    "sft_threshold": ("a number", lambda value: not math.isnan(value)),  # infinite: always, never
+    "sft_weight": _NOT_NEGATIVE,
+    "beta": _POSITIVE,
+    "label_smoothing": ("at least 0 and below 0.5", lambda value: 0 <= value < 0.5),
+    "tokens_per_micro_batch": _ONE_OR_MORE,
+    "logits_megabytes": _NOT_NEGATIVE,
+    "logprob_tolerance": _POSITIVE,
+    "per_device_train_batch_size": _ONE_OR_MORE,
+    "per_device_eval_batch_size": _ONE_OR_MORE,
+    "gradient_accumulation_steps": _ONE_OR_MORE,
+}
+# What a Trainer takes and this one would leave aside without a word, and why there is no use for it.
+_UNSUPPORTED = {
+    "label_smoothing_factor": "it smooths a cross-entropy; label_smoothing is that of dpo_smoothed and dpo_robust",
+    "dataloader_drop_last": "the last step of an epoch takes the prompts that are left, with denominators of its own",
+    "eval_accumulation_steps": "evaluate() keeps sums, no predictions",
+    "batch_eval_metrics": "evaluate() keeps sums, no predictions",
+    "include_for_metrics": "there is no compute_metrics",
+    "torch_empty_cache_steps": "tokens_per_micro_batch and logits_megabytes bound the memory",
+}
+_SMOOTHED = ("dpo_smoothed", "dpo_robust")
 
 
 @dataclass
@@ -73,20 +104,33 @@ class ClhaConfig(TrainingArguments):
                 "fp16, fp16_full_eval and bf16_full_eval are not supported: the loss scaling of float16 overflows on "
                 "purpose, and evaluation computes as training does; use bf16=True"
             )
+        for name, why in _UNSUPPORTED.items():
+            if getattr(self, name):
+                raise ValueError(f"{name} is not supported: {why}")
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"train_sampling_strategy must be random or sequential, not {self.train_sampling_strategy!r}: prompts "
+                "are packed up to tokens_per_micro_batch, whatever their lengths"
+            )
+        if not self.dataloader_in_order:
+            raise ValueError("dataloader_in_order=False is not supported: a run that is resumed needs the order")
         if self.torch_compile_backend or self.torch_compile_mode:
             raise ValueError("torch_compile_backend and torch_compile_mode are not supported: torch_compile=True is")
         # Blocks are compiled when the trainer is made; accelerate would compile all of the model, layout and attention.
         compiled, self.torch_compile = self.torch_compile, False
         super().__post_init__()
         self.torch_compile = compiled
-        # One value for `label_smoothing`: TrainingArguments has one for cross-entropy, which is not used here.
-        self.label_smoothing_factor = 0.0
         if self.loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, not {self.loss!r}")
         if self.normalization not in ("batch", "reference"):
             raise ValueError(f"normalization must be batch or reference, not {self.normalization!r}")
         if self.sft_by not in ("sum", "mean"):
             raise ValueError(f"sft_by must be sum or mean, not {self.sft_by!r}")
+        for name, (wanted, allows) in _RULES.items():
+            if not allows(getattr(self, name)):
+                raise ValueError(f"{name} must be {wanted}, not {getattr(self, name)}")
+        if self.label_smoothing and self.loss not in _SMOOTHED:
+            raise ValueError(f"label_smoothing needs loss {' or '.join(_SMOOTHED)}, it is {self.loss}")
         if self.fsdp and int(self.fsdp_config.get("version", 2)) != 2:  # type: ignore[union-attr, arg-type]
             raise ValueError("fsdp_config version 1 is not supported: use 2")
         if self.n_gpu > 1:

@@ -10,6 +10,7 @@ was cut off, also where zeros stand in for it, is always seen; damage within a l
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,6 +48,57 @@ def is_complete(folder: Path) -> bool:
         return False
 
 
+def why_not_resumable(folder: Path) -> str:
+    """Why training cannot go on from a checkpoint, or "".
+
+    One without a list may as well be another trainer's: its files are opened, as far as that shows one that was cut
+    off. transformers goes on without a word where states are missing, with a fresh optimizer.
+
+    Raises TransientFailure where the checkpoint cannot be read.
+    """
+    try:
+        if not folder.is_dir():
+            return "there is no such folder"
+        if (folder / _MARK).exists():
+            if not is_complete(folder):
+                return "it is half-written, or was changed since it was saved"
+        else:
+            cut = [path.name for path in sorted(folder.rglob("*")) if path.is_file() and not _opens(path)]
+            if cut:
+                return f"{', '.join(cut)} cannot be read: half-written"
+    except OSError as error:
+        raise TransientFailure(f"{folder.name} cannot be read ({error}); nothing was changed, try again") from error
+    missing = " and no ".join(_missing(folder))
+    return f"it holds no {missing} to go on with (save_only_model keeps weights alone)" if missing else ""
+
+
+def _missing(folder: Path) -> list[str]:
+    """What resuming needs besides weights, and the checkpoint lacks."""
+    return [name for name in ("optimizer", "scheduler", "trainer_state") if not any(folder.glob(f"{name}*"))]
+
+
+def _opens(path: Path) -> bool:
+    """Whether a file looks whole: headers of weights say how long these are, a zip (torch.save) has its list last."""
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "np"):
+                return True
+        except SafetensorError:
+            return False
+    if path.suffix == ".json":
+        try:
+            return json.loads(path.read_text()) is not None
+        except ValueError:
+            return False
+    if path.suffix in (".bin", ".pt", ".pth"):
+        with open(path, "rb") as f:
+            start = f.read(2)
+        return bool(start) and (start != b"PK" or zipfile.is_zipfile(path))
+    return True
+
+
 def _seen(path: Path) -> list[int | str]:
     """The file's size in bytes, and the SHA-256 of its samples."""
     size, digest = path.stat().st_size, hashlib.sha256()
@@ -60,9 +112,13 @@ def _seen(path: Path) -> list[int | str]:
 
 
 def last_checkpoint(folder: Path, log: Callable[[str], None]) -> Path | None:
-    """The newest complete checkpoint in `folder`, or None. Others are passed over, with one line each, and left alone.
+    """The newest checkpoint in `folder` that is complete and can be resumed from, or None.
 
-    What has no list may as well be another trainer's. Raises TransientFailure where a checkpoint cannot be read.
+    Others are passed over, with one line each, and left alone.
+
+    What has no list may as well be another trainer's.
+
+    Raises TransientFailure where a checkpoint cannot be read.
     """
     found = []
     for path in folder.glob("checkpoint-*"):
@@ -71,10 +127,14 @@ def last_checkpoint(folder: Path, log: Callable[[str], None]) -> Path | None:
             found.append((int(number), path))
     for _, path in sorted(found, reverse=True):
         try:
-            if is_complete(path):
-                return path
+            whole = is_complete(path)
         except OSError as error:
             raise TransientFailure(f"{path.name} cannot be read ({error}); nothing was changed, try again") from error
-        kind = "half-written" if (path / _MARK).exists() else "half-written or another trainer's"
+        if whole and not _missing(path):
+            return path
+        if whole:
+            kind = "without states to go on with (save_only_model)"
+        else:
+            kind = "half-written" if (path / _MARK).exists() else "half-written or another trainer's"
         log(f"{path.name} is {kind}; the one before it is taken")
     return None

@@ -36,6 +36,18 @@ def check_generator_logps(token_logps: Tensor, generator_logps: Tensor, toleranc
     return line
 
 
+def rounding_note(model: torch.nn.Module) -> str:
+    """One line where weights that are trained have 16 bits, or "": AdamW's step may be below their last bit."""
+    kinds = {p.dtype for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)}
+    if not kinds:
+        return ""
+    names = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+    return (
+        f"the weights that are trained are {names}: small steps are lost to rounding; load the model with "
+        "dtype=torch.float32, bf16=True computes in bfloat16 over them"
+    )
+
+
 @torch.no_grad()
 def largest_weights(model: torch.nn.Module) -> Tensor:
     """The largest absolute weight of each parameter that is trained, summed, float64; not finite where one is not.
@@ -51,7 +63,7 @@ def largest_weights(model: torch.nn.Module) -> Tensor:
 
 
 def check_finite(value: float, what: str, step: int, prompt_ids: Sequence[str], checkpoints: Path) -> None:
-    """Raises StageFailure when `value` (a loss, a gradient norm, weights that a checkpoint would hold) is not finite.
+    """Raises StageFailure when `value` (a loss, a gradient norm, weights that would be saved) is not finite.
 
     It is called before anything is overwritten.
     """
@@ -59,8 +71,9 @@ def check_finite(value: float, what: str, step: int, prompt_ids: Sequence[str], 
         return
     good = [p for p in checkpoints.glob("checkpoint-*") if _is_good(p)]
     last = max(good, key=lambda p: int(p.name.rpartition("-")[2])).name if good else "none"
+    prompts = f"prompts {', '.join(prompt_ids)}; " if prompt_ids else ""
     raise StageFailure(
-        f"train: {what} is {value} in step {step}; prompts {', '.join(prompt_ids)}; "
+        f"train: {what} is {value} in step {step}; {prompts}"
         f"last good checkpoint: {last}; lower the learning rate or look at these prompts"
     )
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from clha.errors import UserError
+
 _MARK = "_clha_fused"
 _in_place = False
 
@@ -46,15 +48,34 @@ def compile_blocks(model: torch.nn.Module) -> None:
     """Let the blocks of `model` be compiled by `torch.compile`, all by one program. Undo with `unfuse`.
 
     Around attention: that is called between two compiled parts. What wraps blocks (checkpoints, hooks of sharding)
-    stays outside. Rows may have any length.
+    stays outside. Rows may have any length. Raises UserError where the model has no blocks that are known as such.
     """
     # Kinds of layers, precisions, with gradients and without: more than the eight programs of PyTorch's own limit,
     # beyond which it would go on uncompiled.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer) and "forward" not in vars(module):
-            setattr(module, _MARK, True)
-            module.forward = torch.compile(module.forward, dynamic=True)
+    blocks = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and "forward" not in vars(m)]
+    if not blocks:
+        raise UserError(f"torch_compile: {type(model).__name__} has no blocks that are known here; leave it out")
+    for block in blocks:
+        setattr(block, _MARK, True)
+        # A method, which a copy of the model binds to its own block.
+        block.forward = types.MethodType(torch.compile(type(block).forward, dynamic=True), block)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises UserError where `torch.compile` cannot work on `device`: on a CPU it needs a C++ compiler."""
+    if device.type != "cpu":
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise UserError(
+            "torch_compile: a CPU needs a C++ compiler for it and there is none; install g++ (or name one in CXX), "
+            "or leave torch_compile out"
+        ) from None
 
 
 def unfuse(model: torch.nn.Module) -> None:

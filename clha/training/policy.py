@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from clha.errors import UserError
 from clha.training import attention, layers
 from clha.training.batches import MicroBatch, RankedPrompt, pack, pad
 from clha.training.logprobs import LOGITS_BYTES, token_logprobs
@@ -23,6 +24,7 @@ from clha.training.logprobs import LOGITS_BYTES, token_logprobs
 # float64, and where that cannot be, as with quantised weights.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 _LOW_PRECISION_TOLERANCE = 0.1
+_CANNOT = (NotImplementedError, TypeError, RuntimeError, ValueError, IndexError, AttributeError)  # of a way tried out
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -44,7 +46,8 @@ def attach(
 ) -> Abilities:
     """Teach `model` (or the model inside a peft wrapper) to answer `response_logps` calls, see `response_logps`.
 
-    Its forward for everybody else stays as it was, to rounding. Undo with `detach`.
+    Its forward for everybody else stays as it was, to rounding. Undo with `detach`. Raises UserError where the model is
+    not a causal language model.
 
     Args:
         model: on the device where it is trained.
@@ -55,12 +58,12 @@ def attach(
     """
     causal = causal_model(model)
     detach(model)
-    causal._clha_original = (causal.forward, causal.config._attn_implementation)
     own_attention = causal.config._attn_implementation
     reference_attention = "eager" if _softcaps(causal) else own_attention
     abilities = _find_out(causal, share_prompts, reference_attention, accumulate)
+    causal._clha_original = (causal.forward, own_attention)
     causal.set_attn_implementation(attention.NAME if abilities.shares_prompts else reference_attention)
-    causal.forward = types.MethodType(_forward(causal, abilities, own_attention, logits_bytes), causal)
+    causal.forward = types.MethodType(_forward(abilities, own_attention, logits_bytes), causal)
     if compiled:
         layers.unfuse(causal)  # what was replaced would be in the compiler's way
         layers.compile_blocks(causal)
@@ -101,10 +104,9 @@ def response_logps(model: torch.nn.Module, batch: MicroBatch) -> Tensor:
     )
 
 
-def _forward(causal: Any, abilities: Abilities, own_attention: str, logits_bytes: int) -> Callable[..., Any]:
-    original, _ = causal._clha_original
-
+def _forward(abilities: Abilities, own_attention: str, logits_bytes: int) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, targets: Tensor | None = None, **kwargs: Any) -> Any:
+        original, _ = self._clha_original  # of a copy of the model: its own
         if targets is None:
             training_attention = self.config._attn_implementation
             self.set_attn_implementation(own_attention)
@@ -171,12 +173,7 @@ def _softcaps(causal: Any) -> bool:
 @torch.no_grad()
 def _find_out(causal: Any, share_prompts: bool, reference_attention: str, accumulate: bool) -> Abilities:
     """Try the ways against the model as it came; its layers are taken over on the way."""
-    head = causal.get_output_embeddings()
     was_training, own_attention = causal.training, causal.config._attn_implementation
-    if type(head) is not torch.nn.Linear or not hasattr(causal, "base_model"):
-        plain_head = False
-    else:
-        plain_head = True
     kinds = {p.dtype if p.dtype not in _HALF else torch.float32 for p in causal.parameters()}
     tolerance = max(_TOLERANCE.get(kind, _LOW_PRECISION_TOLERANCE) for kind in kinds)
     prompts = _made_up_prompts(causal.config.get_text_config().vocab_size)
@@ -186,6 +183,7 @@ def _find_out(causal: Any, share_prompts: bool, reference_attention: str, accumu
     try:
         causal.set_attn_implementation(reference_attention)
         padded = pad(prompts).to(device)
+        _refuse_other_kinds(causal, padded)
         try:
             want = _trial(causal, padded, False)
         except RuntimeError:
@@ -195,7 +193,7 @@ def _find_out(causal: Any, share_prompts: bool, reference_attention: str, accumu
             tolerance = _LOW_PRECISION_TOLERANCE
             want = _trial(causal, padded, False)
         layers.fuse(causal, accumulate)  # after the model's own result, which it is held against too
-        plain_head = plain_head and _near(_trial(causal, padded, True), want, tolerance)
+        plain_head = _has_plain_head(causal, padded, want, tolerance)
         name, stretched = type(causal).__name__, _stretched_positions(causal)
         if not share_prompts:
             return Abilities(False, plain_head, f"{name}: {stretched}" if stretched else "")
@@ -207,7 +205,7 @@ def _find_out(causal: Any, share_prompts: bool, reference_attention: str, accumu
             try:
                 got = _trial(causal, packed, plain_head)
                 reason = _difference(causal, packed, got, want, tolerance)
-            except (NotImplementedError, TypeError, RuntimeError, ValueError) as error:
+            except _CANNOT as error:
                 reason = str(error).splitlines()[0]
         line = f"{name}: prompts are not shared among responses ({reason}); padded rows instead" if reason else ""
         return Abilities(not reason, plain_head, line)
@@ -215,6 +213,25 @@ def _find_out(causal: Any, share_prompts: bool, reference_attention: str, accumu
         _remove(raised)
         causal.set_attn_implementation(own_attention)
         causal.train(was_training)
+
+
+def _refuse_other_kinds(causal: Any, batch: MicroBatch) -> None:
+    """Raises UserError where the model has no logits of tokens: a classifier, or what is below a language model."""
+    if causal.get_output_embeddings() is not None:
+        return
+    logits = getattr(causal(input_ids=batch.input_ids[:1]), "logits", None)
+    if logits is None or logits.dim() != 3 or logits.shape[-1] < causal.config.get_text_config().vocab_size:
+        raise UserError(f"model: {type(causal).__name__} is not a causal language model")
+
+
+def _has_plain_head(causal: Any, batch: MicroBatch, want: Tensor, tolerance: float) -> bool:
+    """Whether the output embedding alone makes the logits; some architectures do not name what is before it."""
+    if type(causal.get_output_embeddings()) is not torch.nn.Linear or causal.base_model is causal:
+        return False
+    try:
+        return _near(_trial(causal, batch, True), want, tolerance)
+    except _CANNOT:
+        return False
 
 
 def _remove(handles: list[Any]) -> None:

@@ -1,17 +1,22 @@
-"""What a trainer writes and uploads: checkpoints that are whole, and no pickle but a checkpoint's own states."""
+"""What a trainer writes and uploads: what is finite, checkpoints that are whole, no pickle but their own states."""
 
 import logging
+import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
+from torch import Tensor
 from transformers import EarlyStoppingCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy, SaveStrategy, rotate_checkpoints
 from transformers.utils import PushInProgress
 
-from clha.training.checkpoints import last_checkpoint, mark_complete
+from clha.errors import UserError
+from clha.training import checks
+from clha.training.checkpoints import last_checkpoint, mark_complete, why_not_resumable
 from clha.training.processes import ProcessesTrainer
 
 _LOG = logging.getLogger(__name__)
@@ -29,10 +34,19 @@ _FOR_RESUMING = (
 
 
 class SavingTrainer(ProcessesTrainer):
-    """A Trainer that marks whole checkpoints, resumes from those only, and leaves no pickled arguments."""
+    """A Trainer that saves nothing that is not finite, marks whole checkpoints, resumes from those only, and leaves no
+    pickled arguments."""
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As any Trainer's; with `resume_from_checkpoint=True` half-written ones are passed over, each in a line."""
+    _prompt_ids: Sequence[str] = ()  # of the step, in all processes
+
+    def train(
+        self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As any Trainer's; with `resume_from_checkpoint=True` half-written ones are passed over, each in a line.
+
+        Raises UserError where a checkpoint that is given by its path cannot be gone on from.
+        """
+        path: str | None = None
         if resume_from_checkpoint is True:
             with self.args.main_process_first(local=False, desc="looking for checkpoints"):
                 found = last_checkpoint(Path(self.args.output_dir or "."), _LOG.warning)
@@ -41,10 +55,19 @@ class SavingTrainer(ProcessesTrainer):
                     f"no complete checkpoint in {self.args.output_dir}; train without resume_from_checkpoint, "
                     "or give it the path of another trainer's checkpoint"
                 )
-            resume_from_checkpoint = str(found)
-        if resume_from_checkpoint:
+            path = str(found)
+        elif resume_from_checkpoint:
+            path = os.fspath(resume_from_checkpoint)
+            with self.args.main_process_first(local=False, desc="looking at the checkpoint"):
+                problem = why_not_resumable(Path(path))
+            if problem:
+                raise UserError(
+                    f"resume_from_checkpoint: {path}: {problem}; resume_from_checkpoint=True takes the newest whole "
+                    "checkpoint of output_dir"
+                )
+        if path:
             self.args.eval_on_start = False  # done when the run began; once more would count towards an early stop
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        return super().train(path, *args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Whether training is over is asked after steps only: a run that was killed after its last step, or after an
@@ -59,6 +82,19 @@ class SavingTrainer(ProcessesTrainer):
         return self.state.global_step >= self.state.max_steps or any(
             callback.early_stopping_patience_counter >= callback.early_stopping_patience for callback in early
         )
+
+    def _check_finite(self, value: Tensor, what: str, step: int) -> None:
+        folder = Path(self.args.output_dir or ".")
+        checks.check_finite(float(value.detach()), what, step, self._prompt_ids, folder)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As any Trainer's. Raises StageFailure, before anything is overwritten, where a weight is not finite."""
+        model: Any = self.model
+        largest = checks.largest_weights(model)
+        # Copies are alike, and a script may let one process alone save them; shards are saved by all.
+        largest = self._summed(largest) if self.is_fsdp_enabled else largest
+        self._check_finite(largest, "a weight", self.state.global_step)
+        super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)

@@ -2,18 +2,15 @@
 
 import contextlib
 import logging
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from clha.errors import UserError
-from clha.loading import load_policy
-from clha.training import checks, layers, policy
+from clha.training import checks, given, layers, policy
 from clha.training.arguments import ClhaConfig, refuse_unused
 from clha.training.batches import Layout, MicroBatch, RankedPrompt
 from clha.training.datasets import as_ranked_prompts
@@ -33,15 +30,16 @@ class ClhaTrainer(SavingTrainer):
 
     Args:
         model: the model, or a name or folder to load it from (in float32).
-        args: a `ClhaConfig`.
+        args: a `ClhaConfig`; without, its defaults.
         train_dataset, eval_dataset: `clha.training.preferences.Preferences`, or a `datasets.Dataset` in the
             preferences form or one of TRL's pair formats, see `clha.training.datasets`. To evaluate on: a dict too.
-        processing_class: the tokenizer; needed for text.
+        processing_class: the tokenizer, or a processor that has one; needed for text. A model that is given by its name
+            brings its own.
         peft_config: of an adapter to train instead of all weights.
         others: as for any Trainer (callbacks, optimizers, ...).
 
     Raises:
-        UserError: something is given that would not be used, as compute_metrics.
+        UserError: something is given that would not be used, as compute_metrics, or that cannot be trained.
     """
 
     args: ClhaConfig
@@ -51,7 +49,7 @@ class ClhaTrainer(SavingTrainer):
     def __init__(
         self,
         model: Any,
-        args: ClhaConfig,
+        args: ClhaConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
@@ -59,13 +57,9 @@ class ClhaTrainer(SavingTrainer):
         **others: Any,
     ) -> None:
         refuse_unused(others)
-        if isinstance(model, str):
-            model = load_policy(model)
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            set_seed(args.seed)  # an adapter begins at random
-            model = get_peft_model(model, peft_config)
+        args, (model, processing_class) = given.settings(args), given.loaded(model, processing_class)
+        self._tokenizer = given.tokenizer_of(processing_class)
+        model = given.with_adapter(model, peft_config, args.seed)
         super().__init__(
             model=model,
             args=args,
@@ -75,13 +69,16 @@ class ClhaTrainer(SavingTrainer):
             **others,
         )
         self._alone = args.world_size == 1
+        if args.torch_compile:
+            layers.check_compiler(args.device)
         self.abilities = policy.attach(
             model, args.share_prompts, args.logits_megabytes << 20, self._alone, args.torch_compile
         )
-        self.notes = [self.abilities.reason] if self.abilities.reason else []  # lines that a person should read
+        # Lines that a person should read.
+        self.notes = [line for line in (self.abilities.reason, checks.rounding_note(model)) if line]
         for note in self.notes:
             _LOG.warning(note)
-        pad_token_id = getattr(processing_class, "pad_token_id", None) or 0
+        pad_token_id = getattr(self._tokenizer, "pad_token_id", None) or 0
         self._layout = Layout(self.abilities.shares_prompts, args.device, pad_token_id)
         self.train_dataset, self.eval_dataset = self._prompts(train_dataset), self._prompts(eval_dataset)
         self._candidates = getattr(self.train_dataset, "max_candidates", 2)
@@ -92,7 +89,7 @@ class ClhaTrainer(SavingTrainer):
         """A dataset, or each of a dict of them, as ranked prompts; for DPO with the reference's log-probabilities."""
         if isinstance(dataset, dict):
             return {name: self._prompts(part) for name, part in dataset.items()}
-        args, prompts = self.args, as_ranked_prompts(dataset, self.processing_class, **self.args.reward_rule())
+        args, prompts = self.args, as_ranked_prompts(dataset, self._tokenizer, **self.args.reward_rule())
         if args.loss not in REFERENCE_LOSSES:
             return prompts
         trained = self.state.global_step > 0
@@ -168,10 +165,6 @@ class ClhaTrainer(SavingTrainer):
             known = torch.full_like(logps, torch.nan) if known is None else known.cpu()
             self.notes.append(checks.check_generator_logps(logps, known, self.args.logprob_tolerance))
 
-    def _check_finite(self, value: Tensor, what: str, step: int) -> None:
-        folder = Path(self.args.output_dir or ".")
-        checks.check_finite(float(value.detach()), what, step, self._prompt_ids, folder)
-
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         value = torch.as_tensor(0.0 if norm is None else norm)
@@ -206,17 +199,25 @@ class ClhaTrainer(SavingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics of the steps since the last log to a training log."""
         if "loss" in logs and "learning_rate" in logs:
-            self._pace.sums.values = self._summed(self._pace.sums.values)
-            self.state.num_input_tokens_seen += int(self._pace.sums["tokens"])
+            self._count_tokens()
             if self._peak is None:
                 dtype = torch.bfloat16 if self.args.bf16 else torch.float32
                 with self._pace.paused():
                     self._peak = peak_flops(self.args.device, dtype) * self.args.world_size
             logs |= self._pace.metrics(self._peak) | {"num_tokens": self.state.num_input_tokens_seen}
             self._pace = Pace(self.args.loss)
+        elif "train_runtime" in logs:  # training is over; steps since the last row of metrics count too
+            self._count_tokens()
+            self._pace = Pace(self.args.loss)
         super().log(logs, start_time)
+
+    def _count_tokens(self) -> None:
+        self._pace.sums.values = self._summed(self._pace.sums.values)
+        self.state.num_input_tokens_seen += int(self._pace.sums["tokens"])
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        """Nothing: `log` counts the tokens that were computed; transformers looks for token ids in the batch."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self._pace.paused():
-            self._check_finite(self._summed(checks.largest_weights(model)), "a weight", self.state.global_step)
             super()._save_checkpoint(model, trial)

@@ -1,6 +1,7 @@
 """What stops a training run: losses, gradients and weights that are not finite, and candidates of another policy."""
 
 import copy
+import logging
 import math
 from pathlib import Path
 
@@ -46,6 +47,35 @@ def test_weights_that_an_update_spoilt_never_become_a_checkpoint(tmp_path: Path,
     ):
         made.train()
     assert not (tmp_path / "checkpoint-2").exists()
+
+
+class SpoilTheLastStep(TrainerCallback):
+    """An infinite value in a weight that is trained, after the only step."""
+
+    def on_optimizer_step(self, args, state, control, model=None, **_):
+        with torch.no_grad():
+            next(p for p in model.parameters() if p.requires_grad).view(-1)[3] = math.inf
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["all weights", "an adapter"])
+def test_weights_that_the_last_step_spoilt_are_not_saved_over_good_ones(tmp_path: Path, lora: bool):
+    made = trainer(tmp_path / "out", model=small_llama(lora=lora), max_steps=1)
+    made.save_model(str(tmp_path / "saved"))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()}
+    made.add_callback(SpoilTheLastStep())
+    made.train()
+    with pytest.raises(StageFailure, match=r"a weight is inf in step 1; prompts prompt-0-.*last good checkpoint: none"):
+        made.save_model(str(tmp_path / "saved"))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()} == before
+
+
+def test_weights_are_looked_at_once_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    looked, look = [], checks.largest_weights
+    monkeypatch.setattr(checks, "largest_weights", lambda model: looked.append(model) or look(model))
+    made = trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    made.train()
+    made.save_model()
+    assert len(looked) == 3
 
 
 def test_an_infinite_gradient_stops_before_the_weights_change(tmp_path: Path):
@@ -106,3 +136,27 @@ def test_the_generators_log_probabilities_are_compared_before_the_first_step(tmp
 def test_responses_that_were_not_generated_are_not_compared():
     line = checks.check_generator_logps(torch.zeros(3), torch.full((3,), math.nan), 0.05)
     assert "not compared" in line
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_trained_weights_of_16_bits_are_told_in_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, dtype: torch.dtype
+):
+    name = str(dtype).removeprefix("torch.")
+    line = (
+        f"the weights that are trained are {name}: small steps are lost to rounding; load the model with "
+        "dtype=torch.float32, bf16=True computes in bfloat16 over them"
+    )
+    with caplog.at_level(logging.WARNING, logger="clha.training"):
+        made = trainer(tmp_path, model=small_llama().to(dtype))
+    assert made.notes == [line]
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("clha.")] == [line]
+
+
+def test_frozen_weights_of_16_bits_under_an_adapter_are_as_they_should_be(tmp_path: Path):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(small_llama().to(torch.bfloat16), LoraConfig(target_modules=["q_proj"]))
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert trainer(tmp_path, model=model).notes == []
+    assert trainer(tmp_path).notes == []

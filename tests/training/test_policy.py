@@ -1,5 +1,6 @@
 """Shared prompts against separate passes, for the families of architectures."""
 
+import copy
 import functools
 import shutil
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from transformers import (
     GemmaConfig,
     GPTNeoXConfig,
     GraniteConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
@@ -27,7 +29,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from clha.training import attention, attention_cuda, policy
+from clha.errors import UserError
+from clha.training import attention, attention_cuda, layers, policy
 from clha.training.batches import MicroBatch, RankedPrompt, Segments, pack, pad
 from clha.training.logprobs import sum_by_response
 
@@ -68,6 +71,9 @@ SHARING = {
 }
 PADDED = {
     "bloom": BloomConfig(vocab_size=VOCABULARY, hidden_size=64, n_layer=2, n_head=4),
+    "llama4": Llama4TextConfig(
+        **SMALL, head_dim=16, attention_chunk_size=8, num_local_experts=2, intermediate_size_mlp=96
+    ),
     "mamba": MambaConfig(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2),
 }
 
@@ -260,6 +266,25 @@ def test_everybody_else_still_gets_the_models_own_forward_and_attention():
     assert model.config._attn_implementation == implementation and "forward" not in vars(model)
 
 
+def changed_copy(model: Any) -> Any:
+    """A copy whose weights are half of the model's."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.5)
+    return other
+
+
+def test_a_copy_of_the_model_computes_with_its_own_weights():
+    model, ids, batch = make(SHARING["llama"]).eval(), torch.randint(0, VOCABULARY, (2, 7)), pack(Prompts(2).items)
+    want = changed_copy(model)(input_ids=ids).logits
+    policy.attach(model)
+    other = changed_copy(model)
+    torch.testing.assert_close(other(input_ids=ids).logits, want)
+    assert not torch.allclose(sums_of(other, batch), sums_of(model, batch))
+    policy.detach(model)
+
+
 @pytest.mark.parametrize("window", [None, 5, 64, 70])
 def test_long_prompts_and_responses_are_cut_into_tiles_that_change_nothing(window: int | None):
     """Prompts of 150 and 39 with responses of 140, 1, 70 and 31, 0, 39, in float64, against attention written out."""
@@ -359,6 +384,25 @@ def test_detaching_takes_compiled_blocks_away_again(backend: str):
     assert all("forward" in vars(block) for block in blocks)
     policy.detach(model)
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("backend", ["aot_eager"], indirect=True)
+def test_a_copy_of_a_model_of_compiled_blocks_computes_with_its_own_weights(backend: str):
+    model, batch = make(SHARING["llama"]).eval(), pack(Prompts(2).items)
+    plain = changed_copy(model)
+    policy.attach(plain)
+    want = sums_of(plain, batch)
+    policy.detach(plain)
+    policy.attach(model, compiled=True)
+    torch.testing.assert_close(sums_of(changed_copy(model), batch), want)
+    policy.detach(model)
+
+
+def test_a_model_without_known_blocks_is_not_compiled_and_says_so():
+    model = make(SHARING["llama"])
+    model.model.layers = torch.nn.ModuleList()
+    with pytest.raises(UserError, match="torch_compile: LlamaForCausalLM has no blocks that are known here"):
+        layers.compile_blocks(model)
 
 
 # -- on a CUDA device --------------------------------------------------------------------------------------------

@@ -183,6 +183,14 @@ def test_an_infinite_gradient_names_the_prompts_of_all_processes(tmp_path: Path)
     assert sorted(named.pop().split(", ")) == sorted(p.prompt_id for p in Prompts(8).items)
 
 
+@pytest.mark.slow
+def test_a_weight_that_one_process_spoilt_in_the_last_step_is_saved_by_none(tmp_path: Path):
+    """13 prompts, 8 a step, twice: four steps."""
+    done = run_in_two_processes(tmp_path, {"spoilt": {**SHARDED, "trouble": "spoil"}}, expect=1)
+    assert "a weight is inf in step 4; prompts " in done.stderr
+    assert not (tmp_path / "spoilt" / "saved").exists()
+
+
 @pytest.mark.parametrize("how", [BUDGET, pytest.param(SHARDED, marks=pytest.mark.slow)], ids=["copied", "sharded"])
 def test_a_killed_rank_ends_the_run_with_one_line_that_says_so_and_nothing_hangs(tmp_path: Path, how: dict):
     done = run_in_two_processes(tmp_path, {"killed": {**how, "trouble": "kill"}}, expect=1)

@@ -17,7 +17,7 @@ from training_cases import Prompts, config, small_llama, trainer, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
 
 from clha import ClhaConfig, ClhaTrainer
-from clha.errors import TransientFailure
+from clha.errors import TransientFailure, UserError
 from clha.training import checkpoints
 from clha.training.checkpoints import is_complete, last_checkpoint, mark_complete
 from clha.training.metrics import metric_rows
@@ -281,6 +281,56 @@ def test_where_only_the_best_are_saved_nothing_measured_is_lost_either(tmp_path:
     for mine, other in zip(ours, theirs, strict=True):
         for name in ("loss", "loss/sft", "rewards/margins", "num_tokens", "eval_loss"):
             assert mine[name] == other[name], name
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint after two of four steps."""
+    folder = tmp_path_factory.mktemp("saved")
+    trainer(folder, **STEPS).train()
+    return folder / "checkpoint-2"
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["ours", "another trainer's"])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"])
+def test_a_checkpoint_given_by_its_path_with_a_file_cut_off_is_refused(
+    saved: Path, tmp_path: Path, name: str, listed: bool
+):
+    folder = tmp_path / "checkpoint-2"
+    shutil.copytree(saved, folder)
+    (folder / name).write_bytes((folder / name).read_bytes()[:-100])
+    if not listed:
+        (folder / "complete.json").unlink()
+    what = "it is half-written, or was changed since it was saved" if listed else f"{name} cannot be read: half-written"
+    made = trainer(tmp_path)
+    with pytest.raises(UserError, match=rf"{folder}: {what}; resume_from_checkpoint=True takes the newest") as caught:
+        made.train(resume_from_checkpoint=folder)
+    assert "\n" not in str(caught.value) and made.state.global_step == 0
+
+
+@pytest.mark.parametrize("name", ["optimizer", "scheduler"])
+def test_a_checkpoint_given_by_its_path_without_its_states_is_refused(saved: Path, tmp_path: Path, name: str):
+    """transformers would go on with a fresh optimizer."""
+    folder = tmp_path / "checkpoint-2"
+    shutil.copytree(saved, folder)
+    (folder / f"{name}.pt").unlink()
+    (folder / "complete.json").unlink()
+    with pytest.raises(UserError, match=f"it holds no {name} to go on with .*save_only_model"):
+        trainer(tmp_path).train(resume_from_checkpoint=str(folder))
+    with pytest.raises(UserError, match="nowhere: there is no such folder; resume_from_checkpoint=True"):
+        trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "nowhere"))
+
+
+def test_checkpoints_of_weights_alone_are_not_gone_on_from(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    trainer(tmp_path, save_only_model=True, **STEPS).train()
+    with caplog.at_level(logging.WARNING, logger="clha.training"), pytest.raises(ValueError, match="no complete"):
+        trainer(tmp_path, **STEPS).train(resume_from_checkpoint=True)
+    assert [r.getMessage() for r in caplog.records if r.name.startswith("clha.")] == [
+        f"checkpoint-{step} is without states to go on with (save_only_model); the one before it is taken"
+        for step in (4, 2)
+    ]
+    with pytest.raises(UserError, match="it holds no optimizer and no scheduler to go on with"):
+        trainer(tmp_path, **STEPS).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_resuming_alone_without_a_whole_checkpoint_says_so(tmp_path: Path):

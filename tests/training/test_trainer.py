@@ -215,6 +215,19 @@ def test_what_would_end_in_an_infinite_gradient_or_change_the_evaluation_is_refu
     assert "\n" not in str(caught.value)
 
 
+def test_compiled_blocks_on_a_cpu_without_a_compiler_are_refused_in_one_line(tmp_path: Path):
+    from torch._inductor import config as inductor
+
+    with (
+        inductor.patch("cpp.cxx", ("no-such-compiler",)),
+        pytest.raises(
+            UserError, match=r"torch_compile: a CPU needs a C\+\+ compiler .*or leave torch_compile out"
+        ) as caught,
+    ):
+        trainer(tmp_path, torch_compile=True)
+    assert "\n" not in str(caught.value)
+
+
 def test_the_first_form_of_sharding_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="fsdp_config version 1 is not supported: use 2"):
         config(tmp_path, fsdp=True, fsdp_config={"version": 1})
@@ -270,6 +283,21 @@ def test_metrics_are_those_of_the_pairs_that_were_kept(tmp_path: Path):
     table = metrics_table([row])
     assert str(table.schema.field("step").type) == "int64"
     assert {str(f.type) for f in table.schema} == {"int64", "double"}
+
+
+def test_tokens_are_counted_whatever_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Four steps: a row for each, for the first three, for none."""
+    counts: list[int] = []
+    said: list[str] = []
+    monkeypatch.setattr("transformers.trainer.logger.warning", lambda line, *_: said.append(line))
+    for settings in ({}, {"logging_steps": 3}, {"logging_strategy": "no"}):
+        made = trainer(tmp_path, include_num_input_tokens_seen="all", **settings)
+        made.train()
+        counts.append(made.state.num_input_tokens_seen)
+        for row in made.state.log_history:
+            assert row["num_input_tokens_seen"] == row.get("num_tokens", counts[0])
+    assert counts == [counts[0]] * 3 and counts[0] > 0
+    assert said == []
 
 
 def test_what_is_measured_once_is_no_part_of_a_steps_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -29,6 +29,15 @@ class KillSecondRank(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class SpoilSecondRank(TrainerCallback):
+    """An infinite value in the half of a weight that the second process holds, after the last step."""
+
+    def on_optimizer_step(self, args, state, control, model=None, **_):
+        if state.global_step == 3 and args.process_index == 1:
+            with torch.no_grad():
+                next(model.parameters()).to_local()[-1, 0] = math.inf
+
+
 class Look(TrainerCallback):
     """How much of the weights each process holds when training begins, and in which kind of parameters."""
 
@@ -48,6 +57,8 @@ def run(folder: Path, name: str, case: dict[str, Any]) -> None:
     made.add_callback(look)
     if trouble == "infinite" and made.args.process_index == 1:
         made.model.model.norm.weight.register_hook(lambda grad: grad * math.inf)
+    if trouble == "spoil":
+        made.add_callback(SpoilSecondRank())
     if trouble == "kill":
         made.add_callback(KillSecondRank())
     given: list[torch.Tensor] = []
@@ -61,6 +72,8 @@ def run(folder: Path, name: str, case: dict[str, Any]) -> None:
     try:
         before = made.evaluate()["eval_loss"]
         made.train(resume_from_checkpoint=resume and str(folder / resume))
+        if trouble == "spoil":
+            made.save_model(str(own / "saved"))
         rows = metric_rows(made.state.log_history)
         evaluated = made.evaluate() | {"before": before, "few": made.evaluate(two_responses(5))["eval_loss"]}
     finally:
