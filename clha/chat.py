@@ -76,9 +76,14 @@ def load_chat(model: Path, chat_template: str = "model") -> "Chat":
     return Chat(tokenizer)
 
 
+def beginning(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The tokens that the tokenizer itself puts before a text, as BOS; whether it does, only asking it tells."""
+    whole, bare = (list(tokenizer("a", add_special_tokens=added).input_ids) for added in (True, False))
+    return whole[: next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)]
+
+
 def _adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    ids = tokenizer("a").input_ids
-    return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id
+    return tokenizer.bos_token_id is not None and beginning(tokenizer)[:1] == [tokenizer.bos_token_id]
 
 
 class Chat:

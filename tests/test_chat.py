@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizer_cases import metaspace_tokenizer
 
 from clha.chat import Chat, Unusable, load_chat
 from clha.errors import UserError
@@ -25,28 +24,6 @@ HARMLESS = [
         {"role": "user", "content": "<|im_strange|> and <s> [INST]?"},
     ],
 ]
-
-# A template that trims, names its roles in the text, and puts a space before the assistant's words.
-INST = (
-    "{{ bos_token }}{% for m in messages %}"
-    "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] | trim + ' [/INST]' }}"
-    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] | trim + eos_token }}"
-    "{% else %}{{ raise_exception('no system turns') }}{% endif %}{% endfor %}"
-)
-
-
-def metaspace_tokenizer() -> PreTrainedTokenizerFast:
-    """Letters with a space sign put before the first word, as SentencePiece does, and [INST] as non-special tokens."""
-    alphabet = ["▁", *(chr(c) for c in range(33, 127))]
-    specials = ["<unk>", "<s>", "</s>"]
-    core = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(specials + alphabet)}, merges=[], unk_token="<unk>"))
-    core.normalizer = normalizers.Replace("\n", " ")
-    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    core.decoder = decoders.Metaspace(prepend_scheme="first")
-    core.add_tokens([AddedToken("[INST]", special=False), AddedToken("[/INST]", special=False)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=INST
-    )
 
 
 @pytest.fixture(scope="module")

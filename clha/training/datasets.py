@@ -8,14 +8,15 @@ Pair formats have chosen and rejected, as text or as messages, with an explicit 
 """
 
 from collections.abc import Callable
-from itertools import takewhile
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from clha.chat import Chat, Unusable
+from clha.chat import Unusable
 from clha.errors import UserError
 from clha.training.batches import RankedPrompt
+from clha.training.pairs import Conversation, PlainText
 
 
 def as_ranked_prompts(dataset: Any, tokenizer: Any, *, reward_gap: float = 3.0, sft_threshold: float = 0.0) -> Any:
@@ -37,7 +38,7 @@ def as_ranked_prompts(dataset: Any, tokenizer: Any, *, reward_gap: float = 3.0, 
             raise UserError("dataset: chosen and rejected are text; give the tokenizer as processing_class")
         if tokenizer.eos_token_id is None:
             raise UserError("dataset: responses end with the tokenizer's eos_token, and it has none; set it")
-        return _Rows(dataset, lambda row, i: _from_pair(row, i, tokenizer))
+        return _Rows(dataset, _Pairs(tokenizer).read)
     raise UserError(
         f"dataset: has columns {', '.join(sorted(columns)) or 'none'}; wanted are prompt_token_ids, "
         "response_token_ids and rewards, or chosen and rejected"
@@ -139,70 +140,37 @@ def _array(values: Any, where: str, dtype: Any = None) -> np.ndarray:
         raise UserError(f"dataset: {where} is no array of numbers; its rows must be equally long") from None
 
 
-def _from_pair(row: dict[str, Any], i: int, tokenizer: Any) -> RankedPrompt:
-    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
-    try:
-        plain = all(isinstance(text, str) for text in (prompt or "", chosen, rejected))
-        encode = _plain if plain else _conversation
-        prompt_ids, responses = encode(prompt, chosen, rejected, tokenizer)
-    except (Unusable, UserError) as error:
-        raise UserError(f"dataset: row {i} cannot be used: {error}; leave it out") from None
-    if not prompt_ids or not all(responses):
-        raise UserError(f"dataset: row {i} has no prompt, or an empty response; leave it out")
-    return RankedPrompt(
-        prompt_id=str(row.get("prompt_id", i)),
-        prompt=np.asarray(prompt_ids, dtype=np.int32),
-        responses=[np.asarray(r, dtype=np.int32) for r in responses],
-        rewards=np.array([1.0, 0.0]),
-        pair_weights=np.array([[0, 1], [0, 0]], dtype=np.float32),
-        sft_index=0,
-        sft_lambda=1.0,
-    )
+class _Pairs:
+    """Reads rows of pairs; what the tokenizer is asked once is kept."""
 
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
 
-def _plain(prompt: str | None, chosen: str, rejected: str, tokenizer: Any) -> tuple[list[int], list[list[int]]]:
-    """Text without a chat template; an implicit prompt is the common beginning, up to its last whole word."""
-    if prompt is None:
-        pairs = zip(chosen, rejected, strict=False)
-        same = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        prompt = same[: max((i for i, c in enumerate(same) if c.isspace()), default=0)]
-        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    @cached_property
+    def _text(self) -> PlainText:
+        return PlainText(self._tokenizer)
 
-    def ids(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    @cached_property
+    def _messages(self) -> Conversation:
+        return Conversation(self._tokenizer)
 
-    begins = getattr(tokenizer, "add_bos_token", False) and tokenizer.bos_token_id is not None
-    begin = [tokenizer.bos_token_id] if begins else []
-    return begin + ids(prompt), [[*ids(answer), tokenizer.eos_token_id] for answer in (chosen, rejected)]
-
-
-def _conversation(prompt: Any, chosen: Any, rejected: Any, tokenizer: Any) -> tuple[list[int], list[list[int]]]:
-    """Messages, through the same chat code as everywhere; what both begin with belongs to the prompt."""
-    chat = Chat(tokenizer)
-    own = [] if prompt is None else _turns(prompt, "prompt")
-    answers = {"chosen": _turns(chosen, "chosen"), "rejected": _turns(rejected, "rejected")}
-    pairs = zip(*answers.values(), strict=False)
-    same = [turn for turn, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
-    if own and same[: len(own)] == own:
-        raise UserError("chosen and rejected begin with the prompt again; take the prompt out of them")
-    for name, turns in answers.items():
-        roles = [turn["role"] for turn in turns[len(same) :]]
-        if roles != ["assistant"]:
-            raise UserError(
-                f"after the {len(same)} messages that chosen and rejected begin with, {name} has "
-                f"{', '.join(roles) or 'nothing'}; wanted is one message of the assistant",
-            )
-    last = [turns[-1]["content"] for turns in answers.values()]
-    chat.check_markers([*(turn["content"] for turn in (*own, *same)), *last])
-    return chat.encode_prompt([*own, *same]).token_ids, [chat.encode_response(text).token_ids for text in last]
-
-
-def _turns(messages: Any, name: str) -> list[dict[str, str]]:
-    """Role and content of each message."""
-    try:
-        turns = [{"role": message["role"], "content": message["content"]} for message in messages]
-    except (TypeError, KeyError):
-        turns = [{"role": None}]
-    if not all(isinstance(value, str) for turn in turns for value in turn.values()):
-        raise UserError(f"{name} is no list of messages with role and content, both text")
-    return turns
+    def read(self, row: dict[str, Any], i: int) -> RankedPrompt:
+        prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+        try:
+            if all(isinstance(text, str) for text in (prompt or "", chosen, rejected)):
+                prompt_ids, responses = self._text.encode(prompt, [chosen, rejected])
+            else:
+                prompt_ids, responses = self._messages.encode(prompt, chosen, rejected)
+        except (Unusable, UserError) as error:
+            raise UserError(f"dataset: row {i} cannot be used: {error}; leave it out") from None
+        if not prompt_ids or not all(responses):
+            raise UserError(f"dataset: row {i} has no prompt, or an empty response; leave it out")
+        return RankedPrompt(
+            prompt_id=str(row.get("prompt_id", i)),
+            prompt=np.asarray(prompt_ids, dtype=np.int32),
+            responses=[np.asarray(r, dtype=np.int32) for r in responses],
+            rewards=np.array([1.0, 0.0]),
+            pair_weights=np.array([[0, 1], [0, 0]], dtype=np.float32),
+            sft_index=0,
+            sft_lambda=1.0,
+        )

@@ -62,7 +62,7 @@ def test_a_tokenizer_without_eos_is_told_before_a_row_is_read(form: str, tiny_mo
 def test_a_tokenizer_that_would_begin_with_a_token_it_does_not_have_begins_with_the_text(tiny_model: Path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     want = as_ranked_prompts(Dataset.from_list(FORMS["plain, explicit prompt"]), tokenizer)[0].prompt.tolist()
-    tokenizer.add_bos_token, tokenizer.bos_token = True, None
+    tokenizer.bos_token, tokenizer.add_bos_token = None, True
     assert as_ranked_prompts(Dataset.from_list(FORMS["plain, explicit prompt"]), tokenizer)[0].prompt.tolist() == want
 
 
