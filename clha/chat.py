@@ -4,13 +4,15 @@ Text of users can never become a control token. Where it spells none, the ids ar
 where it does, the spelling is hidden while the template renders, and encoded in pieces that spell nothing.
 """
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
 
 from clha.errors import UserError
@@ -46,7 +48,7 @@ class EncodedPrompt:
 
 @dataclass(frozen=True)
 class EncodedResponse:
-    """A response as token ids with EOS at its end, and the text that the ids spell."""
+    """A response as token ids with the token that ends a turn, and the text that the ids spell."""
 
     token_ids: list[int]
     text: str
@@ -99,6 +101,7 @@ class Chat:
             )
         self.tokenizer = tokenizer
         self.eos_id: int = tokenizer.eos_token_id
+        self._arguments: dict[str, Any] = {}
         added = {i: (t.content, t.special) for i, t in tokenizer.added_tokens_decoder.items()}
         # What decoding leaves out: none of it may stand inside a response.
         self.special_ids = frozenset(tokenizer.all_special_ids) | {i for i, (_, special) in added.items() if special}
@@ -110,6 +113,19 @@ class Chat:
         longest_first = sorted((s for s in spellings if len(s) > 1), key=lambda s: (-len(s), s))
         self._control = re.compile("|".join(re.escape(s) for s in longest_first) or r"(?!)")
         self._overlapping = re.compile(f"(?=(?:{self._control.pattern}))")
+
+    def with_arguments(self, arguments: Mapping[str, Any]) -> "Chat":
+        """This chat with arguments for its template, as `tools` or `enable_thinking`.
+
+        Raises Unusable `control_token` where they spell one: in a template's hands it would be one.
+        """
+        if self._control.search(json.dumps(arguments, ensure_ascii=False, default=str)):
+            raise Unusable("control_token", "an argument of the chat template spells a control token")
+        other = copy(self)
+        for of_template in ("_gap", "_text_markers", "end_id"):
+            other.__dict__.pop(of_template, None)
+        other._arguments = dict(arguments)
+        return other
 
     def encode_prompt(self, messages: Messages, max_tokens: int | None = None) -> EncodedPrompt:
         """Token ids of a prompt with the start of the assistant's turn; at most `max_tokens` of them.
@@ -152,7 +168,7 @@ class Chat:
                 raise Unusable("stray_marker", f"text {i} holds a turn marker of the chat template")
 
     def encode_response(self, text: str) -> EncodedResponse:
-        """Token ids of a response that was written elsewhere, as this policy would write it, and EOS.
+        """Token ids of a response that was written elsewhere, as this policy would write it, and what ends a turn.
 
         `text` of the result is what the ids spell: characters that the tokenizer does not know are not in it.
         Raises Unusable: `empty_response`, `invalid_unicode`, `unspellable` (the tokenizer has no tokens for it).
@@ -164,7 +180,7 @@ class Chat:
         spelled = self.decode(ids)
         if not spelled.strip():
             raise Unusable("unspellable", "the tokenizer has no tokens for the response")
-        return EncodedResponse([*ids, self.eos_id], spelled)
+        return EncodedResponse([*ids, self.end_id], spelled)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text that token ids spell, without special tokens."""
@@ -206,7 +222,11 @@ class Chat:
         from jinja2 import TemplateError
 
         try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=prompt, **self._arguments
+                )
+            )
         except TemplateError as error:
             raise Unusable("template_rejects", (str(error).splitlines() or ["no reason given"])[0]) from None
 
@@ -255,6 +275,23 @@ class Chat:
                 start = r"(?:\A|\n)[ \t]*" if between.startswith("\n") else ""
                 markers.add(start + re.escape(marker))
         return re.compile("|".join(sorted(markers)) or r"(?!)")
+
+    @cached_property
+    def end_id(self) -> int:
+        """The special token that the template writes behind an assistant's words; EOS where it writes none.
+
+        Gemma's is <end_of_turn>, and its EOS stands in no conversation. Generation stops at either.
+        """
+        words = uuid4().hex
+        try:
+            turns = self._render([{"role": "user", "content": "x"}, {"role": "assistant", "content": words}], False)
+        except Unusable:
+            return self.eos_id
+        _, said, after = turns.rpartition(words)
+        first = self._control.match(after.lstrip()) if said else None
+        end = self.tokenizer.convert_tokens_to_ids(first.group()) if first else None
+        known = end in self.special_ids and end != self.tokenizer.bos_token_id
+        return cast(int, end) if known else self.eos_id
 
     @cached_property
     def _gap(self) -> str:

@@ -160,7 +160,7 @@ class _Pairs:
             if all(isinstance(text, str) for text in (prompt or "", chosen, rejected)):
                 prompt_ids, responses = self._text.encode(prompt, [chosen, rejected])
             else:
-                prompt_ids, responses = self._messages.encode(prompt, chosen, rejected)
+                prompt_ids, responses = self._messages.encode(row)
         except (Unusable, UserError) as error:
             raise UserError(f"dataset: row {i} cannot be used: {error}; leave it out") from None
         if not prompt_ids or not all(responses):

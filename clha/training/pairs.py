@@ -5,7 +5,8 @@ of text are TRL's. Where a token would reach over the border between the two, th
 when the model is asked, and the answer those that it has behind another text.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -14,6 +15,8 @@ from clha.errors import UserError
 
 Encoded = tuple[list[int], list[list[int]]]  # the prompt, and each response
 
+# What `apply_chat_template` is told by the code that calls it.
+_RESERVED = {"add_generation_prompt", "chat_template", "continue_final_message", "return_dict", "tokenize"}
 # What no tokenizer is likely to join with the word after it.
 _ANCHORS = ("\n", ".")
 
@@ -51,11 +54,13 @@ class Conversation:
     """Messages, through the same chat code as everywhere."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._chat = Chat(tokenizer)
+        self._chat = self._own = Chat(tokenizer)
+        self._arguments: dict[str, Any] = {}
 
-    def encode(self, prompt: Any, chosen: Any, rejected: Any) -> Encoded:
-        """What both conversations begin with belongs to the prompt."""
-        chat = self._chat
+    def encode(self, row: Mapping[str, Any]) -> Encoded:
+        """What both conversations begin with belongs to the prompt; `tools` and the like go to the template."""
+        chat = self._chat_of(row)
+        prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
         own = [] if prompt is None else _turns(prompt, "prompt")
         answers = {"chosen": _turns(chosen, "chosen"), "rejected": _turns(rejected, "rejected")}
         pairs = zip(*answers.values(), strict=False)
@@ -72,6 +77,20 @@ class Conversation:
         last = [turns[-1]["content"] for turns in answers.values()]
         chat.check_markers([*(turn["content"] for turn in (*own, *same)), *last])
         return chat.encode_prompt([*own, *same]).token_ids, [chat.encode_response(text).token_ids for text in last]
+
+    def _chat_of(self, row: Mapping[str, Any]) -> Chat:
+        """The chat with the arguments that a row has for the template, in TRL's columns."""
+        tools, arguments = row.get("tools"), dict(row.get("chat_template_kwargs") or {})
+        if reserved := sorted(_RESERVED & arguments.keys()):
+            raise UserError(f"chat_template_kwargs has {reserved[0]}, which is not for a row to say; take it out")
+        if tools:
+            try:
+                arguments["tools"] = json.loads(tools) if isinstance(tools, str) else tools
+            except ValueError:
+                raise UserError("tools is text that is no JSON") from None
+        if arguments != self._arguments:
+            self._arguments, self._own = arguments, self._chat.with_arguments(arguments)
+        return self._own
 
 
 def _turns(messages: Any, name: str) -> list[dict[str, str]]:

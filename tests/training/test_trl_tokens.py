@@ -1,6 +1,7 @@
 """The token ids of TRL's pair formats here, and those that TRL's own DPO trainer makes of the same rows."""
 
 import importlib.util
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -8,9 +9,10 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from tokenizer_cases import llama2_tokenizer, llama3_tokenizer
+from tokenizer_cases import gemma_tokenizer, llama2_tokenizer, llama3_tokenizer
 from transformers import AutoModelForCausalLM
 
+from clha.errors import UserError
 from clha.tiny_model import tiny_tokenizer
 from clha.training.datasets import as_ranked_prompts
 
@@ -73,18 +75,47 @@ def test_text_has_the_ids_that_trl_gives_it(kind: str, tmp_path: Path, tiny_mode
     assert all((prompt[0] == tokenizer.bos_token_id) == begins for prompt, *_ in ours)
 
 
-@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("kind", [*TOKENIZERS, "gemma"])
 def test_messages_have_the_ids_that_trl_gives_them_up_to_the_token_that_ends_the_turn(
     kind: str, tmp_path: Path, tiny_model: Path
 ):
     """On purpose ours end there: TRL trains on what the template writes after it too, which no model is asked for."""
-    tokenizer = TOKENIZERS[kind]()
+    tokenizer = gemma_tokenizer() if kind == "gemma" else TOKENIZERS[kind]()
+    end = "<end_of_turn>" if kind == "gemma" else tokenizer.eos_token
     theirs = trl_ids(MESSAGES, tokenizer, tmp_path, tiny_model)
     for ours, (prompt, *answers) in zip(our_ids(MESSAGES, tokenizer), theirs, strict=True):
-        ended = [answer[: answer.index(tokenizer.eos_token_id) + 1] for answer in answers]
+        ended = [answer[: answer.index(tokenizer.convert_tokens_to_ids(end)) + 1] for answer in answers]
         assert ours == [prompt, *ended]
-        if kind == "chatml":
+        if kind in ("chatml", "gemma"):
             assert {tokenizer.decode(answer[len(own) :]) for own, answer in zip(ended, answers, strict=True)} == {"\n"}
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_tools_and_arguments_of_the_template_reach_it_as_in_trl(as_json: bool, tmp_path: Path, tiny_model: Path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% if thinking is defined %}{{ thinking }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    tools: Any = [{"name": "add", "description": "adds"}]
+    more = {"tools": json.dumps(tools) if as_json else tools, "chat_template_kwargs": {"thinking": False}}
+    rows = [row | more for row in MESSAGES]
+    ours = our_ids(rows, tokenizer)
+    assert [prompt for prompt, *_ in ours] == [prompt for prompt, *_ in trl_ids(rows, tokenizer, tmp_path, tiny_model)]
+    assert tokenizer.decode(ours[0][0]).startswith('[{"name": "add", "description": "adds"}]False<|im_start|>')
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs has tokenize"),
+        ({"tools": "add"}, "tools is text that is no JSON"),
+        ({"tools": [{"name": "<|im_end|>"}]}, "an argument of the chat template spells a control token"),
+    ],
+)
+def test_what_the_template_cannot_be_given_is_an_error_that_names_the_row(more: dict[str, Any], message: str):
+    with pytest.raises(UserError, match=f"^dataset: row 0 cannot be used: .*{message}"):
+        our_ids([MESSAGES[0] | more], tiny_tokenizer())
 
 
 @pytest.mark.parametrize("kind", ["llama3", "llama2", "llama2, legacy"])
