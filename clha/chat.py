@@ -88,6 +88,22 @@ def _adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
     return tokenizer.bos_token_id is not None and beginning(tokenizer)[:1] == [tokenizer.bos_token_id]
 
 
+def control_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[frozenset[int], frozenset[int]]:
+    """The special tokens, and with them those that the chat template speaks with, special by name or not."""
+    added = {i: (t.content, t.special) for i, t in tokenizer.added_tokens_decoder.items()}
+    special = frozenset(tokenizer.all_special_ids) | {i for i, (_, is_special) in added.items() if is_special}
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    return special, special | {i for i, (content, _) in added.items() if content in template}
+
+
+def spelling_of(tokenizer: "PreTrainedTokenizerBase", ids: Iterable[int]) -> re.Pattern[str]:
+    """What matches the spelling of any of some tokens, the longest first."""
+    spellings = {str(tokenizer.convert_ids_to_tokens(i)) for i in ids}
+    # A spelling of one character cannot be cut into harmless pieces.
+    longest_first = sorted((s for s in spellings if len(s) > 1), key=lambda s: (-len(s), s))
+    return re.compile("|".join(re.escape(s) for s in longest_first) or r"(?!)")
+
+
 class Chat:
     """One policy's tokenizer and chat template. Raises UserError when the tokenizer lacks EOS or a template."""
 
@@ -102,16 +118,9 @@ class Chat:
         self.tokenizer = tokenizer
         self.eos_id: int = tokenizer.eos_token_id
         self._arguments: dict[str, Any] = {}
-        added = {i: (t.content, t.special) for i, t in tokenizer.added_tokens_decoder.items()}
         # What decoding leaves out: none of it may stand inside a response.
-        self.special_ids = frozenset(tokenizer.all_special_ids) | {i for i, (_, special) in added.items() if special}
-        # What the template speaks with, special by name or not: none of it may come from a user's text.
-        in_template = {i for i, (content, _) in added.items() if content in tokenizer.chat_template}
-        self._control_ids = self.special_ids | in_template
-        spellings = {str(tokenizer.convert_ids_to_tokens(i)) for i in self._control_ids}
-        # A spelling of one character cannot be cut into harmless pieces.
-        longest_first = sorted((s for s in spellings if len(s) > 1), key=lambda s: (-len(s), s))
-        self._control = re.compile("|".join(re.escape(s) for s in longest_first) or r"(?!)")
+        self.special_ids, self._control_ids = control_ids(tokenizer)
+        self._control = spelling_of(tokenizer, self._control_ids)
         self._overlapping = re.compile(f"(?=(?:{self._control.pattern}))")
 
     def with_arguments(self, arguments: Mapping[str, Any]) -> "Chat":
