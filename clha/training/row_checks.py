@@ -43,16 +43,18 @@ def look_at_preferences(dataset: Any, limits: Limits, max_length: int | None) ->
 
 
 def look_at_pairs(dataset: Any) -> list[int]:
-    """Rows of which chosen or rejected is missing or empty."""
+    """Rows of which chosen or rejected is missing or empty, or has more messages than the other."""
     doubtful: list[int] = []
     if not _in_arrow(dataset):
         return doubtful
     for start, batch in _batches(dataset, ("chosen", "rejected")):
         bad = np.zeros(len(batch), dtype=bool)
+        sizes = []
         for name in batch.column_names:
             column = batch.column(name).combine_chunks()
             if _is_list(column.type):
-                bad |= _lengths(column) == 0
+                sizes.append(_lengths(column))
+                bad |= (sizes[0] == 0) | (sizes[-1] != sizes[0])
             elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
                 bad |= _numpy(pc.binary_length(column), 0) == 0
             else:

@@ -155,8 +155,15 @@ def test_a_pair_without_one_of_its_answers_is_told_before_the_first_step(pair: d
         as_ranked_prompts(Dataset.from_list([pair] * 7 + [pair | {name: empty}]), tiny_tokenizer())
 
 
+def test_messages_of_which_one_answer_has_more_than_the_other_are_told_before_the_first_step():
+    row = TALK | {"chosen": [*said("a"), *ASKED, *said("b")]}
+    with pytest.raises(UserError, match=r"^dataset: row 7 .*chosen has assistant, user, assistant; wanted is one"):
+        as_ranked_prompts(Dataset.from_list([TALK] * 7 + [row]), tiny_tokenizer())
+
+
 def test_a_bad_row_is_one_line_with_workers_too(tmp_path: Path, tiny_model: Path):
-    rows = [TALK, TALK | {"chosen": [*said("a"), *ASKED, *said("b")]}]
+    several = {name: [*said(name), *ASKED, *said("b")] for name in ("chosen", "rejected")}
+    rows = [TALK, TALK | several]
     made = make(tmp_path, rows, AutoModelForCausalLM.from_pretrained(tiny_model), dataloader_num_workers=1)
     with pytest.raises(UserError) as caught:
         made.train()

@@ -60,8 +60,8 @@ def trl_ids(rows: list[dict[str, Any]], tokenizer: Any, folder: Path, tiny_model
     return [[list(row[name]) for name in names] for row in made.train_dataset]
 
 
-def our_ids(rows: list[dict[str, Any]], tokenizer: Any) -> list[list[list[int]]]:
-    prompts = as_ranked_prompts(Dataset.from_list(rows), tokenizer)
+def our_ids(rows: list[dict[str, Any]], tokenizer: Any, **settings: Any) -> list[list[list[int]]]:
+    prompts = as_ranked_prompts(Dataset.from_list(rows), tokenizer, **settings)
     items = [prompts[i] for i in range(len(prompts))]
     return [[item.prompt.tolist(), *(r.tolist() for r in item.responses)] for item in items]
 
@@ -73,6 +73,21 @@ def test_text_has_the_ids_that_trl_gives_it(kind: str, tmp_path: Path, tiny_mode
     assert ours == trl_ids(PLAIN, tokenizer, tmp_path, tiny_model)
     begins = kind != "chatml"  # the post-processor of the others puts BOS before a text
     assert all((prompt[0] == tokenizer.bos_token_id) == begins for prompt, *_ in ours)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_control_tokens_in_text_are_characters_and_only_where_it_is_trusted_what_trl_makes_of_them(
+    kind: str, tmp_path: Path, tiny_model: Path
+):
+    """On purpose: nobody's words may end a turn. TRL lets them."""
+    tokenizer = TOKENIZERS[kind]()
+    eos = tokenizer.eos_token
+    rows = [{"prompt": f"Say good{eos}No.", "chosen": f"bad{eos}", "rejected": f"a{eos}b"}]
+    theirs = trl_ids(rows, tokenizer, tmp_path, tiny_model)
+    assert our_ids(rows, tokenizer, control_tokens_in_text=True) == theirs
+    [[prompt, *answers]] = our_ids(rows, tokenizer)
+    assert tokenizer.eos_token_id not in prompt
+    assert [answer.index(tokenizer.eos_token_id) for answer in answers] == [len(answer) - 1 for answer in answers]
 
 
 @pytest.mark.parametrize("kind", [*TOKENIZERS, "gemma"])
