@@ -152,9 +152,11 @@ def _preferences(dataset: Any, reader: "_Preferences") -> _Rows:
         sizes = (0 if own is None else len(own) for own in dataset["rewards"])
         return _Rows(dataset, reader.read, (), max(sizes, default=0), ())
     notes, gap = [], found.widest_gap
-    if found.max_candidates > 1 and not found.weighed and (gap is None or gap <= reader.reward_gap):
+    if found.max_candidates and not found.weighed and (gap is None or gap <= reader.reward_gap):
         why = "pair_weights are all 0"
-        if gap is not None:
+        if found.max_candidates == 1:
+            why = "every row has one response, which only the SFT part learns from"
+        elif gap is not None:
             why = (
                 f"rewards of a row are at most {gap:g} apart, and pairs count that are more than "
                 f"reward_gap={reader.reward_gap:g} apart; set reward_gap and sft_threshold of ClhaConfig on their scale"

@@ -266,5 +266,9 @@ def test_a_dataset_without_a_pair_that_counts_is_told(tmp_path: Path):
     assert "no pair counts: rewards of a row are at most 0.7 apart" in told and "set reward_gap" in told
     assert make(tmp_path, narrow, reward_gap=0.5).notes == []
     assert make(tmp_path, narrow, loss="sft").notes == []
+    single = [{"prompt_token_ids": [5], "response_token_ids": [[7]], "rewards": [9.0]}]
+    assert make(tmp_path, single).notes == [
+        "dataset: no pair counts: every row has one response, which only the SFT part learns from"
+    ]
     zero = [ROW | {"pair_weights": [[0.0, 0.0], [0.0, 0.0]]}]
     assert make(tmp_path, zero).notes == ["dataset: no pair counts: pair_weights are all 0"]
