@@ -4,13 +4,15 @@ Text of users can never become a control token. Where it spells none, the ids ar
 where it does, the spelling is hidden while the template renders, and encoded in pieces that spell nothing.
 """
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
 
 from clha.errors import UserError
@@ -46,7 +48,7 @@ class EncodedPrompt:
 
 @dataclass(frozen=True)
 class EncodedResponse:
-    """A response as token ids with EOS at its end, and the text that the ids spell."""
+    """A response as token ids with the token that ends a turn, and the text that the ids spell."""
 
     token_ids: list[int]
     text: str
@@ -76,9 +78,30 @@ def load_chat(model: Path, chat_template: str = "model") -> "Chat":
     return Chat(tokenizer)
 
 
+def beginning(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The tokens that the tokenizer itself puts before a text, as BOS; whether it does, only asking it tells."""
+    whole, bare = (list(tokenizer("a", add_special_tokens=added).input_ids) for added in (True, False))
+    return whole[: next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)]
+
+
 def _adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    ids = tokenizer("a").input_ids
-    return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id
+    return tokenizer.bos_token_id is not None and beginning(tokenizer)[:1] == [tokenizer.bos_token_id]
+
+
+def control_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[frozenset[int], frozenset[int]]:
+    """The special tokens, and with them those that the chat template speaks with, special by name or not."""
+    added = {i: (t.content, t.special) for i, t in tokenizer.added_tokens_decoder.items()}
+    special = frozenset(tokenizer.all_special_ids) | {i for i, (_, is_special) in added.items() if is_special}
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    return special, special | {i for i, (content, _) in added.items() if content in template}
+
+
+def spelling_of(tokenizer: "PreTrainedTokenizerBase", ids: Iterable[int]) -> re.Pattern[str]:
+    """What matches the spelling of any of some tokens, the longest first."""
+    spellings = {str(tokenizer.convert_ids_to_tokens(i)) for i in ids}
+    # A spelling of one character cannot be cut into harmless pieces.
+    longest_first = sorted((s for s in spellings if len(s) > 1), key=lambda s: (-len(s), s))
+    return re.compile("|".join(re.escape(s) for s in longest_first) or r"(?!)")
 
 
 class Chat:
@@ -94,17 +117,24 @@ class Chat:
             )
         self.tokenizer = tokenizer
         self.eos_id: int = tokenizer.eos_token_id
-        added = {i: (t.content, t.special) for i, t in tokenizer.added_tokens_decoder.items()}
+        self._arguments: dict[str, Any] = {}
         # What decoding leaves out: none of it may stand inside a response.
-        self.special_ids = frozenset(tokenizer.all_special_ids) | {i for i, (_, special) in added.items() if special}
-        # What the template speaks with, special by name or not: none of it may come from a user's text.
-        in_template = {i for i, (content, _) in added.items() if content in tokenizer.chat_template}
-        self._control_ids = self.special_ids | in_template
-        spellings = {str(tokenizer.convert_ids_to_tokens(i)) for i in self._control_ids}
-        # A spelling of one character cannot be cut into harmless pieces.
-        longest_first = sorted((s for s in spellings if len(s) > 1), key=lambda s: (-len(s), s))
-        self._control = re.compile("|".join(re.escape(s) for s in longest_first) or r"(?!)")
+        self.special_ids, self._control_ids = control_ids(tokenizer)
+        self._control = spelling_of(tokenizer, self._control_ids)
         self._overlapping = re.compile(f"(?=(?:{self._control.pattern}))")
+
+    def with_arguments(self, arguments: Mapping[str, Any]) -> "Chat":
+        """This chat with arguments for its template, as `tools` or `enable_thinking`.
+
+        Raises Unusable `control_token` where they spell one: in a template's hands it would be one.
+        """
+        if self._control.search(json.dumps(arguments, ensure_ascii=False, default=str)):
+            raise Unusable("control_token", "an argument of the chat template spells a control token")
+        other = copy(self)
+        for of_template in ("_gap", "_text_markers", "end_id"):
+            other.__dict__.pop(of_template, None)
+        other._arguments = dict(arguments)
+        return other
 
     def encode_prompt(self, messages: Messages, max_tokens: int | None = None) -> EncodedPrompt:
         """Token ids of a prompt with the start of the assistant's turn; at most `max_tokens` of them.
@@ -147,7 +177,7 @@ class Chat:
                 raise Unusable("stray_marker", f"text {i} holds a turn marker of the chat template")
 
     def encode_response(self, text: str) -> EncodedResponse:
-        """Token ids of a response that was written elsewhere, as this policy would write it, and EOS.
+        """Token ids of a response that was written elsewhere, as this policy would write it, and what ends a turn.
 
         `text` of the result is what the ids spell: characters that the tokenizer does not know are not in it.
         Raises Unusable: `empty_response`, `invalid_unicode`, `unspellable` (the tokenizer has no tokens for it).
@@ -159,7 +189,7 @@ class Chat:
         spelled = self.decode(ids)
         if not spelled.strip():
             raise Unusable("unspellable", "the tokenizer has no tokens for the response")
-        return EncodedResponse([*ids, self.eos_id], spelled)
+        return EncodedResponse([*ids, self.end_id], spelled)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text that token ids spell, without special tokens."""
@@ -201,7 +231,11 @@ class Chat:
         from jinja2 import TemplateError
 
         try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=prompt, **self._arguments
+                )
+            )
         except TemplateError as error:
             raise Unusable("template_rejects", (str(error).splitlines() or ["no reason given"])[0]) from None
 
@@ -250,6 +284,23 @@ class Chat:
                 start = r"(?:\A|\n)[ \t]*" if between.startswith("\n") else ""
                 markers.add(start + re.escape(marker))
         return re.compile("|".join(sorted(markers)) or r"(?!)")
+
+    @cached_property
+    def end_id(self) -> int:
+        """The special token that the template writes behind an assistant's words; EOS where it writes none.
+
+        Gemma's is <end_of_turn>, and its EOS stands in no conversation. Generation stops at either.
+        """
+        words = uuid4().hex
+        try:
+            turns = self._render([{"role": "user", "content": "x"}, {"role": "assistant", "content": words}], False)
+        except Unusable:
+            return self.eos_id
+        _, said, after = turns.rpartition(words)
+        first = self._control.match(after.lstrip()) if said else None
+        end = self.tokenizer.convert_tokens_to_ids(first.group()) if first else None
+        known = end in self.special_ids and end != self.tokenizer.bos_token_id
+        return cast(int, end) if known else self.eos_id
 
     @cached_property
     def _gap(self) -> str:

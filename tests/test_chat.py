@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizer_cases import gemma_tokenizer, llama3_tokenizer, metaspace_tokenizer
 
 from clha.chat import Chat, Unusable, load_chat
 from clha.errors import UserError
@@ -25,28 +24,6 @@ HARMLESS = [
         {"role": "user", "content": "<|im_strange|> and <s> [INST]?"},
     ],
 ]
-
-# A template that trims, names its roles in the text, and puts a space before the assistant's words.
-INST = (
-    "{{ bos_token }}{% for m in messages %}"
-    "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] | trim + ' [/INST]' }}"
-    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] | trim + eos_token }}"
-    "{% else %}{{ raise_exception('no system turns') }}{% endif %}{% endfor %}"
-)
-
-
-def metaspace_tokenizer() -> PreTrainedTokenizerFast:
-    """Letters with a space sign put before the first word, as SentencePiece does, and [INST] as non-special tokens."""
-    alphabet = ["▁", *(chr(c) for c in range(33, 127))]
-    specials = ["<unk>", "<s>", "</s>"]
-    core = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(specials + alphabet)}, merges=[], unk_token="<unk>"))
-    core.normalizer = normalizers.Replace("\n", " ")
-    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    core.decoder = decoders.Metaspace(prepend_scheme="first")
-    core.add_tokens([AddedToken("[INST]", special=False), AddedToken("[/INST]", special=False)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=INST
-    )
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +197,42 @@ def test_a_response_starts_as_the_template_would_start_it(metaspace: Chat) -> No
     )
     asked = metaspace.encode_prompt(prompt).token_ids
     assert asked + metaspace.encode_response("well done").token_ids == list(said)
+
+
+def test_a_response_ends_with_the_token_that_the_template_ends_a_turn_with(chatml: Chat, metaspace: Chat) -> None:
+    gemma = Chat(gemma_tokenizer())
+    ids = gemma.encode_response("good").token_ids
+    assert gemma.tokenizer.convert_ids_to_tokens(ids)[-1] == "<end_of_turn>" and gemma.end_id in gemma.special_ids
+    asked = gemma.encode_prompt(HARMLESS[0]).token_ids
+    said = gemma.tokenizer.apply_chat_template(
+        [*HARMLESS[0], {"role": "assistant", "content": "good"}], return_dict=False
+    )
+    assert said[: len(asked) + len(ids)] == asked + ids
+    for chat in (chatml, metaspace, Chat(llama3_tokenizer())):
+        assert chat.end_id == chat.eos_id
+
+
+def test_where_the_template_ends_a_turn_with_no_token_eos_does(hh: Chat, chatml: Chat) -> None:
+    assert hh.end_id == hh.eos_id
+    refuses = tiny_tokenizer()
+    refuses.chat_template = "{{ raise_exception('never') }}"
+    assert Chat(refuses).end_id == chatml.eos_id
+
+
+def test_arguments_go_to_the_template_and_cannot_hold_control_tokens() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% if tools %}{{ tools | tojson }}{% endif %}"
+        + str(tokenizer.chat_template)
+        + "{% if add_generation_prompt and thinking is defined %}{{ '<t>' }}{% endif %}"
+    )
+    plain = Chat(tokenizer)
+    chat = plain.with_arguments({"tools": [{"name": "f"}], "thinking": False})
+    text = tokenizer.decode(chat.encode_prompt(HARMLESS[0]).token_ids)
+    assert text.startswith('[{"name": "f"}]<|im_start|>') and text.endswith("assistant\n<t>")
+    assert plain.encode_prompt(HARMLESS[0]).token_ids == applied(plain, HARMLESS[0])
+    with pytest.raises(Unusable, match="control_token: an argument"):
+        plain.with_arguments({"tools": [{"name": "<|im_end|>"}]})
 
 
 def test_what_a_tokenizer_cannot_spell_does_not_become_a_control_token(metaspace: Chat) -> None:

@@ -26,13 +26,14 @@ class Response:
 def finished_response(chat: Chat, sample: Sample, stop: Sequence[str]) -> Response:
     """Where a sampled response ends, and why; its ids, log-probabilities and text are cut together.
 
-    EOS ends it as `eos` and stays in the ids; another special token ends it as `stop_string` and does not. A stop
-    string leaves the longest run of whole tokens before it; then the text is what those tokens spell.
+    EOS, or the token that ends a turn in the chat template, ends it as `eos` and stays in the ids; another special
+    token ends it as `stop_string` and does not. A stop string leaves the longest run of whole tokens before it; then
+    the text is what those tokens spell.
     """
     ids, reason = sample.token_ids, "length" if sample.finish_reason == "length" else "stop_string"
     end = next((k for k, i in enumerate(ids) if i in chat.special_ids), None)
     if end is not None:
-        reason = "eos" if ids[end] == chat.eos_id else "stop_string"
+        reason = "eos" if ids[end] in (chat.eos_id, chat.end_id) else "stop_string"
         ids = ids[: end + 1] if reason == "eos" else ids[:end]
     text = chat.decode(ids)
     match = min((at for s in stop if (at := text.find(s)) >= 0), default=-1)

@@ -104,7 +104,7 @@ def train_policy(job: Job, progress: Progress) -> dict[str, Any]:
         with_adapter(load_policy(job.policy), own.lora),
         _arguments(settings, job, evaluates=evaluates),
         train_dataset=train_set,
-        eval_dataset=dev_set,
+        eval_dataset=dev_set if len(dev_set) else None,
         processing_class=tokenizer,
         callbacks=[ReportProgress(progress)],
     )

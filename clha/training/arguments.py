@@ -82,6 +82,15 @@ class ClhaConfig(TrainingArguments):
         metadata={"help": "Mean difference from the generator's log-probabilities, first batch, nats per token."},
     )
 
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens of a prompt with a response; longer rows lose the beginning of the prompt."},
+    )
+    control_tokens_in_text: bool = field(
+        default=False,
+        metadata={"help": "Plain text may spell control tokens: a chat template was applied to it, it is trusted."},
+    )
+
     # What TrainingArguments sets otherwise.
     learning_rate: float = field(default=5e-6, metadata={"help": "Peak learning rate."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
@@ -131,6 +140,8 @@ class ClhaConfig(TrainingArguments):
                 raise ValueError(f"{name} must be {wanted}, not {getattr(self, name)}")
         if self.label_smoothing and self.loss not in _SMOOTHED:
             raise ValueError(f"label_smoothing needs loss {' or '.join(_SMOOTHED)}, it is {self.loss}")
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"max_length must be at least 2, not {self.max_length}")
         if self.fsdp and int(self.fsdp_config.get("version", 2)) != 2:  # type: ignore[union-attr, arg-type]
             raise ValueError("fsdp_config version 1 is not supported: use 2")
         if self.n_gpu > 1:
@@ -141,9 +152,10 @@ class ClhaConfig(TrainingArguments):
         names = ("loss", "margin", "sft_weight", "sft_by", "beta", "label_smoothing")
         return {name: getattr(self, name) for name in names}
 
-    def reward_rule(self) -> dict[str, float]:
+    def data_settings(self) -> dict[str, Any]:
         """The settings that `clha.training.datasets.as_ranked_prompts` reads."""
-        return {"reward_gap": self.reward_gap, "sft_threshold": self.sft_threshold}
+        names = ("reward_gap", "sft_threshold", "max_length", "control_tokens_in_text")
+        return {name: getattr(self, name) for name in names} | {"needs_pairs": self.loss != "sft"}
 
 
 # What `Trainer` takes and this one has no use for, and what to do instead.

@@ -7,202 +7,244 @@ where the reward of its response is above `sft_threshold`.
 Pair formats have chosen and rejected, as text or as messages, with an explicit or implicit prompt.
 """
 
-from collections.abc import Callable
-from itertools import takewhile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from clha.chat import Chat, Unusable
+from clha.chat import Unusable
 from clha.errors import UserError
 from clha.training.batches import RankedPrompt
+from clha.training.limits import Limits, fitted
+from clha.training.pairs import Conversation, PlainText
+from clha.training.ranked_rows import ranked_prompt
+from clha.training.row_checks import look_at_pairs, look_at_preferences
+
+_ROWS_TO_SEARCH = 1000  # for control tokens in text
 
 
-def as_ranked_prompts(dataset: Any, tokenizer: Any, *, reward_gap: float = 3.0, sft_threshold: float = 0.0) -> Any:
-    """`dataset` as something whose items are `RankedPrompt`, with `max_candidates`. None stays None.
+def as_ranked_prompts(
+    dataset: Any,
+    tokenizer: Any,
+    *,
+    reward_gap: float = 3.0,
+    sft_threshold: float = 0.0,
+    max_length: int | None = None,
+    control_tokens_in_text: bool = False,
+    needs_pairs: bool = True,
+    limits: Limits | None = None,
+) -> Any:
+    """`dataset` as something whose items are `RankedPrompt`, with `max_candidates` and `notes`. None stays None.
 
-    `reward_gap` and `sft_threshold` give the preferences form the weights that it does not have.
+    `reward_gap` and `sft_threshold` give the preferences form the weights that it does not have; `max_length` and
+    `control_tokens_in_text`: see `ClhaConfig`; `needs_pairs`: a note says so where no pair counts; `limits`: what the
+    model can take.
 
     Raises:
-        UserError: the columns are none of the known forms, or text comes without a tokenizer; when an item is asked
-            for, its row cannot be what it should.
+        UserError: the columns are none of the known forms, text comes without a tokenizer, or a row cannot be what it
+            should. What can be told of all rows at once is told now, the rest when an item is asked for.
     """
     if dataset is None or hasattr(dataset, "max_candidates"):
         return dataset
-    columns = set(getattr(dataset, "column_names", None) or ())
+    check_kind(dataset, "dataset")
+    columns, limits = set(getattr(dataset, "column_names", None) or ()), limits or Limits()
     if {"prompt_token_ids", "response_token_ids", "rewards"} <= columns:
-        return _Rows(dataset, lambda row, i: _from_preferences(row, i, reward_gap, sft_threshold))
+        bos = getattr(tokenizer, "bos_token_id", None)
+        prompts = _preferences(dataset, _Preferences(reward_gap, sft_threshold, max_length, bos, limits))
+        prompts.notes = prompts.notes if needs_pairs else []
+        return prompts
     if {"chosen", "rejected"} <= columns:
         if tokenizer is None:
             raise UserError("dataset: chosen and rejected are text; give the tokenizer as processing_class")
         if tokenizer.eos_token_id is None:
             raise UserError("dataset: responses end with the tokenizer's eos_token, and it has none; set it")
-        return _Rows(dataset, lambda row, i: _from_pair(row, i, tokenizer))
+        return _pairs(dataset, _Pairs(tokenizer, max_length, control_tokens_in_text, limits))
     raise UserError(
         f"dataset: has columns {', '.join(sorted(columns)) or 'none'}; wanted are prompt_token_ids, "
         "response_token_ids and rewards, or chosen and rejected"
     )
 
 
-class _Rows:
-    """A dataset seen as ranked prompts; each row is converted, and checked, when it is asked for."""
+def check_kind(dataset: Any, name: str) -> None:
+    """Raises UserError where a dataset is of a kind that training cannot take."""
+    if isinstance(dataset, Mapping):
+        keys = list(dataset)
+        raise UserError(f"{name} is a dict of datasets ({', '.join(map(str, keys))}); give one, as data[{keys[0]!r}]")
+    if isinstance(dataset, list | tuple):
+        raise UserError(f"{name} is a list; give datasets.Dataset.from_list(rows)")
+    if dataset is not None and not hasattr(dataset, "__len__"):
+        raise UserError(
+            f"{name} is a stream, whose length nobody knows; give rows, as datasets.Dataset.from_list(list(stream)) or "
+            "list(stream.take(n))"
+        )
 
-    def __init__(self, dataset: Any, convert: Callable[[dict[str, Any], int], RankedPrompt]) -> None:
-        self._dataset, self._convert = dataset, convert
+
+def check_given(train_dataset: Any, eval_dataset: Any) -> None:
+    """Raises UserError for what a trainer is given, before anything is made of it."""
+    check_kind(train_dataset, "train_dataset")
+    if not isinstance(eval_dataset, Mapping):
+        check_rows(eval_dataset, "eval_dataset")
+        return
+    for key, part in eval_dataset.items():
+        check_rows(part, f"eval_dataset[{key!r}]")
+
+
+def check_rows(dataset: Any, name: str) -> None:
+    """Raises UserError where there is nothing to evaluate on."""
+    check_kind(dataset, name)
+    if dataset is not None and len(dataset) == 0:
+        raise UserError(f"{name} has no rows, so there is nothing to evaluate on; give rows, or leave it out")
+
+
+class RowError(UserError):
+    """What is wrong with a row, in one line also where a loader's worker has put its traceback around it."""
+
+    def __init__(self, line: str) -> None:
+        super().__init__(line.strip().rpartition(f"{type(self).__qualname__}: ")[2])
+
+
+class View:
+    """A dataset of ranked prompts over another one, which answers for what this one does not know, as `select`."""
+
+    _dataset: Any
 
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def __getitem__(self, i: int) -> RankedPrompt:
-        return self._convert(self._dataset[i], i)
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self._item(k) for k in range(len(self))[i]]
+        return self._item(range(len(self))[i])
 
-    @property
-    def max_candidates(self) -> int:
-        if "response_token_ids" not in self._dataset.column_names:
-            return 2
-        rewards = self._dataset["rewards"]
-        return max((0 if own is None else len(own) for own in rewards), default=0)
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # of whoever looks for a protocol, as a loader for `__getitems__`
+            raise AttributeError(name)
+        return getattr(self._dataset, name)
+
+    def _item(self, i: int) -> RankedPrompt:
+        raise NotImplementedError
 
 
-def _from_preferences(row: dict[str, Any], i: int, reward_gap: float, sft_threshold: float) -> RankedPrompt:
-    given = {name: value for name, value in row.items() if value is not None}
-    prompt = _tokens(given.get("prompt_token_ids", ()), f"row {i}: prompt_token_ids")
-    responses = [
-        _tokens(response, f"row {i}: response_token_ids[{k}]")
-        for k, response in enumerate(given.get("response_token_ids", ()))
-    ]
-    n = len(responses)
-    rewards = _numbers(given.get("rewards", ()), (n,), f"row {i}: rewards")
-    if n == 0:
-        raise UserError(f"dataset: row {i}: has no responses; leave it out")
-    if "pair_weights" in given:
-        weights = _numbers(given["pair_weights"], (n, n), f"row {i}: pair_weights")
-        if (weights < 0).any():
-            raise UserError(
-                f"dataset: row {i}: pair_weights hold a number below 0; 0 is for a pair that does not count"
+class _Rows(View):
+    """A dataset seen as ranked prompts; each row is converted, and checked, when it is asked for."""
+
+    def __init__(
+        self,
+        dataset: Any,
+        read: Callable[[dict[str, Any], int], RankedPrompt],
+        doubtful: Sequence[int],
+        max_candidates: int,
+        notes: Sequence[str],
+    ) -> None:
+        self._dataset, self._read = dataset, read
+        self.max_candidates, self.notes = max_candidates, list(notes)
+        for i in [*range(min(len(self), 1)), *doubtful]:
+            self._item(i)
+
+    def _item(self, i: int) -> RankedPrompt:
+        try:
+            return self._read(self._dataset[i], i)
+        except UserError as error:
+            raise RowError(str(error)) from None
+
+
+def _preferences(dataset: Any, reader: "_Preferences") -> _Rows:
+    found = look_at_preferences(dataset, reader.limits, reader.max_length)
+    if found is None:
+        sizes = (0 if own is None else len(own) for own in dataset["rewards"])
+        return _Rows(dataset, reader.read, (), max(sizes, default=0), ())
+    notes, gap = [], found.widest_gap
+    if found.max_candidates and not found.weighed and (gap is None or gap <= reader.reward_gap):
+        why = "pair_weights are all 0"
+        if found.max_candidates == 1:
+            why = "every row has one response, which only the SFT part learns from"
+        elif gap is not None:
+            why = (
+                f"rewards of a row are at most {gap:g} apart, and pairs count that are more than "
+                f"reward_gap={reader.reward_gap:g} apart; set reward_gap and sft_threshold of ClhaConfig on their scale"
             )
-    elif (np.diff(rewards) > 0).any():
-        raise UserError(
-            f"dataset: row {i}: rewards must be sorted, best first, where there are no pair_weights; sort the "
-            "responses by them"
+        notes.append(f"dataset: no pair counts: {why}")
+    return _Rows(dataset, reader.read, found.doubtful, found.max_candidates, notes)
+
+
+def _pairs(dataset: Any, reader: "_Pairs") -> _Rows:
+    first = dataset[0] if len(dataset) else {}
+    if isinstance(first.get("chosen"), list):
+        reader.check_template()
+        return _Rows(dataset, reader.read, look_at_pairs(dataset), 2, ())
+    told = reader.text.told(dataset[i] for i in range(min(len(dataset), _ROWS_TO_SEARCH)))
+    return _Rows(dataset, reader.read, look_at_pairs(dataset), 2, [told] if told else [])
+
+
+class _Preferences:
+    """Reads rows of the preferences form."""
+
+    def __init__(
+        self, reward_gap: float, sft_threshold: float, max_length: int | None, bos: int | None, limits: Limits
+    ) -> None:
+        self.reward_gap, self.sft_threshold = reward_gap, sft_threshold
+        self.max_length, self.bos, self.limits = max_length, bos, limits
+
+    def read(self, row: dict[str, Any], i: int) -> RankedPrompt:
+        item = ranked_prompt(row, i, self.reward_gap, self.sft_threshold)
+        if self.max_length is not None:
+            keep = int(item.prompt[0] == self.bos)
+            prompt, responses = fitted(
+                item.prompt.tolist(), [r.tolist() for r in item.responses], self.max_length, keep
+            )
+            item = replace(item, prompt=_ids(prompt), responses=[_ids(r) for r in responses])
+        return self.limits.check(item, f"row {i}")
+
+
+class _Pairs:
+    """Reads rows of pairs; what the tokenizer is asked once is kept."""
+
+    def __init__(self, tokenizer: Any, max_length: int | None, control_tokens: bool, limits: Limits) -> None:
+        self._tokenizer, self._max_length, self._control_tokens = tokenizer, max_length, control_tokens
+        self._limits = limits
+
+    @cached_property
+    def text(self) -> PlainText:
+        return PlainText(self._tokenizer, self._control_tokens, self._max_length)
+
+    @cached_property
+    def _messages(self) -> Conversation:
+        return Conversation(self._tokenizer, self._max_length)
+
+    def check_template(self) -> None:
+        """Raises UserError where messages have no chat template to go through."""
+        if not isinstance(self._tokenizer.chat_template, str):
+            raise UserError(
+                "dataset: rows are messages, and the tokenizer has no (one) chat template; set "
+                "tokenizer.chat_template, or give prompt, chosen and rejected as text"
+            )
+
+    def read(self, row: dict[str, Any], i: int) -> RankedPrompt:
+        prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+        if chosen is None or rejected is None:
+            raise UserError(f"dataset: row {i} has no {'chosen' if chosen is None else 'rejected'}; leave it out")
+        try:
+            if all(isinstance(text, str) for text in (prompt or "", chosen, rejected)):
+                prompt_ids, responses = self.text.encode(prompt, [chosen, rejected])
+            else:
+                prompt_ids, responses = self._messages.encode(row)
+        except (Unusable, UserError) as error:
+            raise UserError(f"dataset: row {i} cannot be used: {error}; leave it out") from None
+        if not prompt_ids or not all(responses):
+            raise UserError(f"dataset: row {i} has no prompt, or an empty response; leave it out")
+        item = RankedPrompt(
+            prompt_id=str(row.get("prompt_id", i)),
+            prompt=_ids(prompt_ids),
+            responses=[_ids(r) for r in responses],
+            rewards=np.array([1.0, 0.0]),
+            pair_weights=np.array([[0, 1], [0, 0]], dtype=np.float32),
+            sft_index=0,
+            sft_lambda=1.0,
         )
-    else:
-        from clha import noise  # scipy comes with it, which nothing else here needs
-
-        weights = noise.gap_weights(rewards[None], reward_gap)[0]
-    sft_index = _numbers(given.get("sft_index", 0), (), f"row {i}: sft_index")
-    if sft_index not in range(n):
-        raise UserError(f"dataset: row {i}: sft_index is {sft_index:g}; it is the place of a response, 0 to {n - 1}")
-    if "sft_lambda" not in given:
-        from clha import noise
-
-        given["sft_lambda"] = noise.threshold_lambda(rewards[int(sft_index)], sft_threshold)
-    sft_lambda = _numbers(given["sft_lambda"], (), f"row {i}: sft_lambda")
-    if not 0 <= sft_lambda <= 1:
-        raise UserError(f"dataset: row {i}: sft_lambda is {sft_lambda:g}; it must be between 0 and 1")
-    return RankedPrompt(
-        prompt_id=str(given.get("prompt_id", i)),
-        prompt=prompt,
-        responses=responses,
-        rewards=rewards,
-        pair_weights=weights.astype(np.float32),
-        sft_index=int(sft_index),
-        sft_lambda=float(sft_lambda),
-    )
+        return self._limits.check(item, f"row {i}")
 
 
-def _tokens(values: Any, where: str) -> np.ndarray:
-    """Token ids, [T] int32."""
-    found = _array(values, where)
-    if found.size == 0:
-        raise UserError(f"dataset: {where} is empty; leave the row out")
-    if found.ndim != 1 or found.dtype.kind not in "iu" or (found < 0).any():
-        raise UserError(f"dataset: {where} must be a list of token ids, whole numbers of at least 0")
-    return found.astype(np.int32)
-
-
-def _numbers(values: Any, shape: tuple[int, ...], where: str) -> np.ndarray:
-    """Finite numbers of one shape, float64."""
-    found = _array(values, where, np.float64)
-    if found.shape != shape:
-        wanted, has = (" x ".join(map(str, size)) or "one" for size in (shape, found.shape))
-        raise UserError(f"dataset: {where} must hold {wanted} numbers (one for each response or pair), not {has}")
-    if not np.isfinite(found).all():
-        raise UserError(f"dataset: {where} holds NaN or infinity; mend it, or leave the row out")
-    return found
-
-
-def _array(values: Any, where: str, dtype: Any = None) -> np.ndarray:
-    try:
-        return np.asarray(values, dtype=dtype)
-    except (TypeError, ValueError):
-        raise UserError(f"dataset: {where} is no array of numbers; its rows must be equally long") from None
-
-
-def _from_pair(row: dict[str, Any], i: int, tokenizer: Any) -> RankedPrompt:
-    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
-    try:
-        plain = all(isinstance(text, str) for text in (prompt or "", chosen, rejected))
-        encode = _plain if plain else _conversation
-        prompt_ids, responses = encode(prompt, chosen, rejected, tokenizer)
-    except (Unusable, UserError) as error:
-        raise UserError(f"dataset: row {i} cannot be used: {error}; leave it out") from None
-    if not prompt_ids or not all(responses):
-        raise UserError(f"dataset: row {i} has no prompt, or an empty response; leave it out")
-    return RankedPrompt(
-        prompt_id=str(row.get("prompt_id", i)),
-        prompt=np.asarray(prompt_ids, dtype=np.int32),
-        responses=[np.asarray(r, dtype=np.int32) for r in responses],
-        rewards=np.array([1.0, 0.0]),
-        pair_weights=np.array([[0, 1], [0, 0]], dtype=np.float32),
-        sft_index=0,
-        sft_lambda=1.0,
-    )
-
-
-def _plain(prompt: str | None, chosen: str, rejected: str, tokenizer: Any) -> tuple[list[int], list[list[int]]]:
-    """Text without a chat template; an implicit prompt is the common beginning, up to its last whole word."""
-    if prompt is None:
-        pairs = zip(chosen, rejected, strict=False)
-        same = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        prompt = same[: max((i for i, c in enumerate(same) if c.isspace()), default=0)]
-        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-
-    def ids(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-
-    begins = getattr(tokenizer, "add_bos_token", False) and tokenizer.bos_token_id is not None
-    begin = [tokenizer.bos_token_id] if begins else []
-    return begin + ids(prompt), [[*ids(answer), tokenizer.eos_token_id] for answer in (chosen, rejected)]
-
-
-def _conversation(prompt: Any, chosen: Any, rejected: Any, tokenizer: Any) -> tuple[list[int], list[list[int]]]:
-    """Messages, through the same chat code as everywhere; what both begin with belongs to the prompt."""
-    chat = Chat(tokenizer)
-    own = [] if prompt is None else _turns(prompt, "prompt")
-    answers = {"chosen": _turns(chosen, "chosen"), "rejected": _turns(rejected, "rejected")}
-    pairs = zip(*answers.values(), strict=False)
-    same = [turn for turn, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
-    if own and same[: len(own)] == own:
-        raise UserError("chosen and rejected begin with the prompt again; take the prompt out of them")
-    for name, turns in answers.items():
-        roles = [turn["role"] for turn in turns[len(same) :]]
-        if roles != ["assistant"]:
-            raise UserError(
-                f"after the {len(same)} messages that chosen and rejected begin with, {name} has "
-                f"{', '.join(roles) or 'nothing'}; wanted is one message of the assistant",
-            )
-    last = [turns[-1]["content"] for turns in answers.values()]
-    chat.check_markers([*(turn["content"] for turn in (*own, *same)), *last])
-    return chat.encode_prompt([*own, *same]).token_ids, [chat.encode_response(text).token_ids for text in last]
-
-
-def _turns(messages: Any, name: str) -> list[dict[str, str]]:
-    """Role and content of each message."""
-    try:
-        turns = [{"role": message["role"], "content": message["content"]} for message in messages]
-    except (TypeError, KeyError):
-        turns = [{"role": None}]
-    if not all(isinstance(value, str) for turn in turns for value in turn.values()):
-        raise UserError(f"{name} is no list of messages with role and content, both text")
-    return turns
+def _ids(values: list[int]) -> np.ndarray:
+    return np.asarray(values, dtype=np.int32)

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from clha.errors import UserError
 
@@ -50,6 +49,8 @@ def compile_blocks(model: torch.nn.Module) -> None:
     Around attention: that is called between two compiled parts. What wraps blocks (checkpoints, hooks of sharding)
     stays outside. Rows may have any length. Raises UserError where the model has no blocks that are known as such.
     """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     # Kinds of layers, precisions, with gradients and without: more than the eight programs of PyTorch's own limit,
     # beyond which it would go on uncompiled.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)

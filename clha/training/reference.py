@@ -14,6 +14,7 @@ from clha.errors import UserError
 from clha.schema import REFERENCE
 from clha.training import policy
 from clha.training.batches import Layout, RankedPrompt
+from clha.training.datasets import View
 from clha.training.logprobs import sum_by_response
 
 _PROMPTS_AT_ONCE = 64
@@ -91,7 +92,7 @@ def reference_table(prompts: Sequence[RankedPrompt], numbers: Sequence[Sequence[
     return pa.Table.from_pylist(rows, schema=REFERENCE)
 
 
-class WithReference:
+class WithReference(View):
     """A dataset of `RankedPrompt` whose items carry the reference's log-probabilities."""
 
     def __init__(self, dataset: Any, model: Any, layout: Layout, budget: int, bf16: bool) -> None:
@@ -99,10 +100,7 @@ class WithReference:
         prompts = (dataset[i] for i in range(len(dataset)))
         self._logps = list(reference_logps(model, prompts, layout, budget, bf16=bf16))
 
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getitem__(self, i: int) -> RankedPrompt:
+    def _item(self, i: int) -> RankedPrompt:
         return replace(self._dataset[i], reference_logps=self._logps[i])
 
 

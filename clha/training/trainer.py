@@ -13,8 +13,9 @@ from clha.errors import UserError
 from clha.training import checks, given, layers, policy
 from clha.training.arguments import ClhaConfig, refuse_unused
 from clha.training.batches import Layout, MicroBatch, RankedPrompt
-from clha.training.datasets import as_ranked_prompts
+from clha.training.datasets import as_ranked_prompts, check_given, check_rows
 from clha.training.flops import peak_flops, training_flops
+from clha.training.limits import limits_of
 from clha.training.loader import PromptSampler, prompt_loader
 from clha.training.logprobs import sum_by_response
 from clha.training.metrics import Pace, Sums
@@ -57,6 +58,7 @@ class ClhaTrainer(SavingTrainer):
         **others: Any,
     ) -> None:
         refuse_unused(others)
+        check_given(train_dataset, eval_dataset)
         args, (model, processing_class) = given.settings(args), given.loaded(model, processing_class)
         self._tokenizer = given.tokenizer_of(processing_class)
         model = given.with_adapter(model, peft_config, args.seed)
@@ -80,6 +82,7 @@ class ClhaTrainer(SavingTrainer):
             _LOG.warning(note)
         pad_token_id = getattr(self._tokenizer, "pad_token_id", None) or 0
         self._layout = Layout(self.abilities.shares_prompts, args.device, pad_token_id)
+        self._limits = limits_of(policy.causal_model(model))
         self.train_dataset, self.eval_dataset = self._prompts(train_dataset), self._prompts(eval_dataset)
         self._candidates = getattr(self.train_dataset, "max_candidates", 2)
         self._pace, self._checked = Pace(args.loss), False
@@ -89,7 +92,12 @@ class ClhaTrainer(SavingTrainer):
         """A dataset, or each of a dict of them, as ranked prompts; for DPO with the reference's log-probabilities."""
         if isinstance(dataset, dict):
             return {name: self._prompts(part) for name, part in dataset.items()}
-        args, prompts = self.args, as_ranked_prompts(dataset, self._tokenizer, **self.args.reward_rule())
+        args, tokenizer = self.args, self._tokenizer
+        prompts = as_ranked_prompts(dataset, tokenizer, limits=self._limits, **args.data_settings())
+        for note in getattr(prompts, "notes", ()):
+            if note not in self.notes:
+                self.notes.append(note)
+                _LOG.warning(note)
         if args.loss not in REFERENCE_LOSSES:
             return prompts
         trained = self.state.global_step > 0
@@ -99,6 +107,20 @@ class ClhaTrainer(SavingTrainer):
         if self.train_dataset is None or len(self.train_dataset) == 0:
             raise ValueError("training needs a train_dataset with at least one prompt")
         return prompt_loader(self.train_dataset, PromptSampler.of(self.args, len(self.train_dataset)), self.args)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """All prompts of a dataset, or of the one of that name, in batches; `evaluation_loop` deals them itself."""
+        given = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(given, str):
+            named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+            if given not in named:
+                raise UserError(f"evaluate: there is no eval_dataset {given!r}; there are {', '.join(named) or 'none'}")
+            given = named[given]
+        if given is None:
+            raise ValueError("evaluation needs an eval_dataset")
+        check_rows(given, "eval_dataset")
+        size = self.args.per_device_eval_batch_size
+        return torch.utils.data.DataLoader(self._prompts(given), size, collate_fn=list)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The prompts of one optimizer step, and its denominators over all of them and all processes."""
@@ -174,7 +196,7 @@ class ClhaTrainer(SavingTrainer):
     @torch.no_grad()
     def evaluation_loop(self, dataloader: Any, description: str, *_: Any, **kwargs: Any) -> EvalLoopOutput:
         """Loss and metrics over a whole dataset; its prompts are dealt to the processes."""
-        prefix, dataset, args = kwargs.get("metric_key_prefix", "eval"), self._prompts(dataloader.dataset), self.args
+        prefix, dataset, args = kwargs.get("metric_key_prefix", "eval"), dataloader.dataset, self.args
         model = self._model_to_evaluate()
         was_training = model.training
         model.eval()

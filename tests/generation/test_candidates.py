@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from tokenizer_cases import gemma_tokenizer
 
 from clha.chat import Chat, EncodedPrompt, Unusable, load_chat
 from clha.generation.candidates import (
@@ -37,6 +38,13 @@ def test_eos_ends_a_response_and_stays_in_its_ids(chat: Chat) -> None:
     assert (made.text, made.finish_reason) == ("Yes.", "eos")
     assert made.token_ids[-1] == chat.eos_id
     assert made.logprobs == [-0.5, -1.5, -2.5, -3.5, -4.5]
+
+
+def test_what_ends_a_turn_in_the_template_ends_a_response_as_eos_does() -> None:
+    gemma = Chat(gemma_tokenizer())
+    for end in (gemma.end_id, gemma.eos_id):
+        made = finished_response(gemma, sample(gemma, "good", end, 70), [])
+        assert (made.text, made.finish_reason, made.token_ids[-1]) == ("good", "eos", end)
 
 
 def test_a_response_that_ran_out_of_tokens_has_no_eos(chat: Chat) -> None:

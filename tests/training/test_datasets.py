@@ -62,7 +62,7 @@ def test_a_tokenizer_without_eos_is_told_before_a_row_is_read(form: str, tiny_mo
 def test_a_tokenizer_that_would_begin_with_a_token_it_does_not_have_begins_with_the_text(tiny_model: Path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     want = as_ranked_prompts(Dataset.from_list(FORMS["plain, explicit prompt"]), tokenizer)[0].prompt.tolist()
-    tokenizer.add_bos_token, tokenizer.bos_token = True, None
+    tokenizer.bos_token, tokenizer.add_bos_token = None, True
     assert as_ranked_prompts(Dataset.from_list(FORMS["plain, explicit prompt"]), tokenizer)[0].prompt.tolist() == want
 
 
@@ -116,9 +116,9 @@ def test_a_conversation_that_is_no_pair_of_answers_is_an_error_that_names_its_ro
     good = {"chosen": MESSAGES + said("a"), "rejected": MESSAGES + said("b")}
     if "prompt" in row:
         good = {"chosen": said("a"), "rejected": said("b"), "prompt": row["prompt"]}
-    prompts = as_ranked_prompts(Dataset.from_list([good, row]), tokenizer)
-    with pytest.raises(UserError, match=f"^dataset: row 1 cannot be used: .*{message}.*; leave it out$"):
-        prompts[1]
+    bad = 0 if row.get("prompt") == "text" else 1
+    with pytest.raises(UserError, match=f"^dataset: row {bad} cannot be used: .*{message}.*; leave it out$"):
+        as_ranked_prompts(Dataset.from_list([good, row]), tokenizer)[1]
 
 
 def test_text_can_never_become_a_control_token(tokenizer: Any):
@@ -229,11 +229,15 @@ GOOD = {"prompt_token_ids": [5, 6], "response_token_ids": [[7], [8, 9]], "reward
     ],
 )
 def test_a_row_that_cannot_be_right_is_an_error_that_names_it(change: dict[str, Any], message: str):
-    prompts = as_ranked_prompts(Dataset.from_list([dict.fromkeys(change) | GOOD, GOOD | change]), None)
-    assert prompts.max_candidates >= 2 and len(prompts[0]) == 2
+    """Before the first step, whichever row it is; also of what is no `datasets.Dataset`, when the row is read."""
+    rows = Dataset.from_list([dict.fromkeys(change) | GOOD, GOOD | change])
     with pytest.raises(UserError, match=f"^dataset: {message}") as caught:
-        prompts[1]
+        as_ranked_prompts(rows, None)
     assert "\n" not in str(caught.value)
+    prompts = as_ranked_prompts(rows.with_transform(lambda batch: batch), None)
+    assert prompts.max_candidates >= 2 and len(prompts[0]) == 2
+    with pytest.raises(UserError, match=f"^dataset: {message}"):
+        prompts[1]
 
 
 def test_with_weights_of_its_own_a_row_may_stand_in_another_order_than_its_rewards():
