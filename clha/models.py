@@ -46,24 +46,6 @@ def resolve_model(reference: str, home: Home) -> ModelFolder:
     return ModelFolder(folder, home.digests.of_files(files, folder))
 
 
-def turn_end_version(folder: Path, chat_template: str) -> dict[str, int]:
-    """What the key of token ids says of how responses end: nothing where that is EOS, as it was at first.
-
-    Told by the files alone: a policy's own template that does not spell its EOS may end turns with another token
-    (`Chat.end_id`).
-    """
-    config = folder / "tokenizer_config.json"
-    if chat_template != "model" or not config.is_file():
-        return {}
-    told = json.loads(config.read_text(encoding="utf-8"))
-    eos = told.get("eos_token")
-    spelled = str(eos.get("content") if isinstance(eos, dict) else eos)
-    template, jinja = str(told.get("chat_template")), folder / "chat_template.jinja"
-    if jinja.is_file():
-        template = jinja.read_text(encoding="utf-8")
-    return {} if spelled in template else {"turn_end": 1}
-
-
 def check_reference(reference: str) -> None:
     """What can be said of a reference before anything is fetched or made. Raises UserError."""
     if reference.startswith("bundled:"):

@@ -184,7 +184,7 @@ class Train(Group):
     seed: int = 42
     bf16: bool = False
     gradient_checkpointing: bool = execution(False)
-    torch_compile: bool = execution(False)  # compile the model's blocks: about a minute more, then faster steps
+    torch_compile: bool = execution(False)  # compile the model's blocks: the same to rounding
     save_dtype: DType = "float32"
     logging_steps: Positive = 1
     eval_steps: Positive | None = None

@@ -11,11 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 from huggingface_hub.utils import filter_repo_objects
-from tokenizer_cases import gemma_tokenizer
 
 from clha import models
 from clha.errors import StageFailure, TransientFailure, UserError, reason_of
-from clha.models import check_model_folder, check_reference, resolve_model, turn_end_version
+from clha.models import check_model_folder, check_reference, resolve_model
 from clha.store import Home
 
 
@@ -118,10 +117,3 @@ def test_a_model_that_cannot_be_fetched_is_one_line():
 @pytest.mark.parametrize(("message", "said"), [("", "OSError"), (" \n", "OSError"), ("\nno\nroom", "no")])
 def test_an_error_without_a_message_is_said_by_its_name(message: str, said: str):
     assert reason_of(OSError(message)) == said
-
-
-def test_the_key_says_how_responses_end_only_where_it_may_not_be_eos(tiny_model: Path, tmp_path: Path):
-    """Keys of models whose template spells its EOS stay what they were."""
-    gemma_tokenizer().save_pretrained(tmp_path)
-    assert turn_end_version(tmp_path, "model") == {"turn_end": 1}
-    assert turn_end_version(tiny_model, "model") == turn_end_version(tmp_path, "hh") == {}

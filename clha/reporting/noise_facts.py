@@ -56,6 +56,13 @@ def scale_is_known(nodes: Nodes) -> bool:
     return all(part["type"] in ("fitted", "encoder_head") and part["scale"] == 1 for part in parts)
 
 
+def fitted_model(nodes: Nodes) -> Artifact | None:
+    """The fitted reward model that the rewards are of: the run may have another one since, or none."""
+    used = nodes["score"].manifest["key_parts"].get("inputs", {}).get("fit_reward.train")
+    fitted = nodes.get("fit_reward.train")
+    return fitted if fitted is not None and fitted.content == used else None
+
+
 def noise_facts(nodes: Nodes, data: NoiseData) -> dict[str, Any]:
     """The figures, as plain JSON values; None for what the artifacts cannot tell."""
     pairs, facts = data.pairs, nodes["weigh"].manifest
@@ -122,9 +129,10 @@ def _members_agree(rewards: pa.Table) -> float | None:
 
 def _reward_model(nodes: Nodes) -> dict[str, Any] | None:
     """What fitting measured of the reward model that rescoring used; None where it was given."""
-    if "fit_reward.train" not in nodes:
+    fitted = fitted_model(nodes)
+    if fitted is None:
         return None
-    fit = read_json(nodes["fit_reward.train"], "fit.json")
+    fit = read_json(fitted, "fit.json")
     names = ("accuracy", "accuracy_interval", "pairs", "length_bias")
     calibration = {when: fit["calibration"][when] for when in ("before", "after")}
     halves = fit.get("agreement_between_halves")  # of linear heads only

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clha.reporting.examples import Example, pair_examples
-from clha.reporting.noise_facts import Nodes, NoiseData, scale_is_known
+from clha.reporting.noise_facts import Nodes, NoiseData, fitted_model, scale_is_known
 from clha.reporting.tables import read_json
 from clha.reporting.text import number, percent, unmarked
 
@@ -59,8 +59,9 @@ def reliability_rows(nodes: Nodes) -> list[dict[str, Any]]:
     rescoring calibrated on them. Each pair counts in both orders.
     """
     measured: dict[str, Mapping[str, Any]] = {}
-    if "fit_reward.train" in nodes:
-        measured["reward model"] = read_json(nodes["fit_reward.train"], "fit.json")["calibration"]
+    fitted = fitted_model(nodes)
+    if fitted is not None:
+        measured["reward model"] = read_json(fitted, "fit.json")["calibration"]
     labels = nodes["weigh"].manifest.get("calibration")
     if labels:
         measured["labels"] = labels

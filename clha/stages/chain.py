@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from clha.digests import digest_of
 from clha.errors import UserError
-from clha.models import ModelFolder, resolve_model, turn_end_version
+from clha.models import ModelFolder, resolve_model
 from clha.runs import Run
 from clha.schema import SCHEMA_VERSION
 from clha.settings import Settings
@@ -227,8 +227,6 @@ def plan_node(home: Home, run: Run, settings: Settings, node: Node, inputs: Mapp
         "versions": {name: package_version(name) for name in node.packages},
         "attempt": run.attempts.get(node.name, 0),
     }
-    if node.kind in ("generate", "answers") and "policy" in models:
-        parts |= turn_end_version(models["policy"].path, settings.policy.chat_template)
     if node.name == "prepare":
         parts["source"] = source_digest(settings.prepare, home)
     engine = settings.generate.engine

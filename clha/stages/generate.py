@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from clha.stages.work import Work
     from clha.store import Artifact
 
-CODE_VERSION = {"generate": 2}
+CODE_VERSION = {"generate": 3}
 
 
 def build(work: "Work") -> "Artifact":

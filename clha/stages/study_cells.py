@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clha.digests import digest_of
-from clha.models import turn_end_version
 from clha.progress import Progress
 from clha.schema import SCHEMA_VERSION
 from clha.stages.work import find_or_make
@@ -89,7 +88,5 @@ class Study:
             "settings": what,
             "versions": {name: package_version(name) for name in _PACKAGES},
         }
-        if kind == "noise_training":
-            parts |= turn_end_version(self.given.policy, self.given.chat_template)
         self.progress.begin(digest_of(parts))
         return find_or_make(self.home, parts, {"prepare": self.given.prepare.key}, make)

@@ -246,13 +246,12 @@ def _whole_model(trainer: Any, job: Job, lora: Lora | None) -> Any:
     """The trained model in one piece; where it is sharded, all processes take part and the first gets it."""
     if not trainer.is_fsdp_enabled:
         return trainer.model
-    import torch
-    from transformers import AutoModelForCausalLM
+    from clha.loading import load_policy
 
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.args.process_index != 0:
         return None
-    model = with_adapter(AutoModelForCausalLM.from_pretrained(job.policy, dtype=torch.float32), lora)
+    model = with_adapter(load_policy(job.policy), lora)
     model.load_state_dict(state)
     return model
 

@@ -67,14 +67,14 @@ def train_policy(
 ) -> Any:
     """Train the policy on all pairs once with CLHA; `chat` made their tokens. Returns the model."""
     import transformers
-    from transformers import AutoModelForCausalLM
 
+    from clha.loading import load_policy
     from clha.training.arguments import ClhaConfig
     from clha.training.callbacks import ReportProgress
     from clha.training.trainer import ClhaTrainer
 
     transformers.utils.logging.set_verbosity_warning()
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    model = load_policy(model_folder)
     arguments = ClhaConfig(
         output_dir=str(scratch),
         margin=settings.margin,

@@ -56,7 +56,10 @@ def compile_blocks(model: torch.nn.Module) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     blocks = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and "forward" not in vars(m)]
     if not blocks:
-        raise UserError(f"torch_compile: {type(model).__name__} has no blocks that are known here; leave it out")
+        raise UserError(
+            f"torch_compile: {type(model).__name__} has no blocks that are known here, or others have replaced their "
+            "forward (a device_map does); leave it out"
+        )
     for block in blocks:
         setattr(block, _MARK, True)
         # A method, which a copy of the model binds to its own block.

@@ -60,13 +60,21 @@ def attach(
     detach(model)
     own_attention = causal.config._attn_implementation
     reference_attention = "eager" if _softcaps(causal) else own_attention
-    abilities = _find_out(causal, share_prompts, reference_attention, accumulate)
+    try:
+        abilities = _find_out(causal, share_prompts, reference_attention, accumulate)
+    except BaseException:
+        layers.unfuse(causal)
+        raise
     causal._clha_original = (causal.forward, own_attention)
     causal.set_attn_implementation(attention.NAME if abilities.shares_prompts else reference_attention)
     causal.forward = types.MethodType(_forward(abilities, own_attention, logits_bytes), causal)
     if compiled:
         layers.unfuse(causal)  # what was replaced would be in the compiler's way
-        layers.compile_blocks(causal)
+        try:
+            layers.compile_blocks(causal)
+        except UserError:
+            detach(model)
+            raise
     return abilities
 
 

@@ -147,7 +147,7 @@ class _Maker:
                 "code_version": 1,
                 "inputs": {},
                 "settings": node_settings(settings(), node),
-                "key_parts": {},
+                "key_parts": {"inputs": {name: made.content for name, made in self.nodes.items()}},
                 "versions": {"clha": "0.1.0", "python": "3.11.2", "torch": "2.13.0", "vllm": "0.32.0"},
                 "seed": 0,
                 "device": "cpu",

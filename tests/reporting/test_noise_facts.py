@@ -2,13 +2,14 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pyarrow as pa
 import pytest
 from fabricated import Fabricated
 
 from clha.errors import UserError
-from clha.reporting.noise_facts import _members_agree, noise_lines, scale_is_known
+from clha.reporting.noise_facts import _members_agree, fitted_model, noise_lines, scale_is_known
 from clha.runs import Run
 from clha.schema import REWARDS
 from clha.stages.report import noise_of_run
@@ -52,6 +53,14 @@ def test_method_and_order_are_those_of_the_weights_that_are_shown(made: Fabricat
     lines = dict(noise_lines(noise_of_run(made.home, changed)))
     assert lines["rule"] == "reference, ranked by reward" and lines["pairs kept"].endswith("%)")
     assert scale_is_known(made.nodes), "the fitted model's rewards, which another one is to replace"
+
+
+def test_a_reward_model_that_was_fitted_since_is_not_that_of_the_rewards(made: Fabricated) -> None:
+    score = made.nodes["score"]
+    used = {"inputs": {"fit_reward.train": "that of another fit"}}
+    other = replace(score, manifest=score.manifest | {"key_parts": used})
+    assert fitted_model(made.nodes) == made.nodes["fit_reward.train"]
+    assert fitted_model({**made.nodes, "score": other}) is None
 
 
 def test_flip_rate_labels_members_and_flags_have_lines_where_there_are_any(made: Fabricated) -> None:
