@@ -128,7 +128,10 @@ class View:
 
 
 class _Rows(View):
-    """A dataset seen as ranked prompts; each row is converted, and checked, when it is asked for."""
+    """A dataset seen as ranked prompts; each row is converted, and checked, when it is asked for.
+
+    `conversational`: responses end with what ends a turn in the chat template.
+    """
 
     def __init__(
         self,
@@ -137,8 +140,9 @@ class _Rows(View):
         doubtful: Sequence[int],
         max_candidates: int,
         notes: Sequence[str],
+        conversational: bool = False,
     ) -> None:
-        self._dataset, self._read = dataset, read
+        self._dataset, self._read, self.conversational = dataset, read, conversational
         self.max_candidates, self.notes = max_candidates, list(notes)
         for i in [*range(min(len(self), 1)), *doubtful]:
             self._item(i)
@@ -173,7 +177,7 @@ def _pairs(dataset: Any, reader: "_Pairs") -> _Rows:
     first = dataset[0] if len(dataset) else {}
     if isinstance(first.get("chosen"), list):
         reader.check_template()
-        return _Rows(dataset, reader.read, look_at_pairs(dataset), 2, ())
+        return _Rows(dataset, reader.read, look_at_pairs(dataset), 2, (), conversational=True)
     told = reader.text.told(dataset[i] for i in range(min(len(dataset), _ROWS_TO_SEARCH)))
     return _Rows(dataset, reader.read, look_at_pairs(dataset), 2, [told] if told else [])
 
