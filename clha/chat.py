@@ -149,7 +149,7 @@ class Chat:
         ids = self._encode(kept)
         if max_tokens is None or len(ids) <= max_tokens:
             return EncodedPrompt(ids, kept, 0)
-        lead = next((i for i, m in enumerate(kept[:-1]) if m["role"] != "system"), len(kept) - 1)
+        lead = _leading_system_turns(kept)
         system, turns = kept[:lead], kept[lead:]
         starts = [i for i in range(1, len(turns)) if turns[i]["role"] == "user"]
         # Fewer turns are fewer tokens: the first start that fits is found by halving.
@@ -165,6 +165,16 @@ class Chat:
         if best is None:
             raise Unusable("prompt_too_long", f"{len(ids)} tokens without its older turns, {max_tokens} allowed")
         return best
+
+    def encode_last_turn(self, messages: Messages) -> EncodedPrompt:
+        """The last turn alone, behind the system turns at the start, however long: for who cuts it himself.
+
+        Raises Unusable as `encode_prompt`.
+        """
+        lead = _leading_system_turns(messages)
+        dropped = max(len(messages) - 1 - lead, 0)
+        last = self.encode_prompt([*messages[:lead], *messages[lead + dropped :]])
+        return EncodedPrompt(last.token_ids, last.messages, dropped)
 
     def check_markers(self, texts: Iterable[str]) -> None:
         """Raises Unusable `stray_marker` when a text holds what the template, in plain text, begins a turn with.
@@ -313,6 +323,11 @@ class Chat:
             return ""
         gap = answered[len(asked) :].partition("y")[0] if answered.startswith(asked) else ""
         return gap if gap.isspace() else ""
+
+
+def _leading_system_turns(messages: Messages) -> int:
+    """How many system turns stand at the beginning (the last turn is never counted)."""
+    return next((i for i, m in enumerate(messages[:-1]) if m["role"] != "system"), max(len(messages) - 1, 0))
 
 
 def _check_unicode(text: str) -> None:

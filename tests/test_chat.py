@@ -152,6 +152,14 @@ def test_a_last_turn_that_is_too_long_alone_is_a_reason(chatml: Chat) -> None:
         chatml.encode_prompt(turns(5, 5, 1000), 100)  # 1000 letters, 3 control tokens, "user_", "_", "assistant_"
 
 
+def test_the_last_turn_alone_keeps_the_system_turn(chatml: Chat) -> None:
+    messages = turns(5, 5, 1000, system=3)
+    last = chatml.encode_last_turn(messages)
+    assert last.messages == [messages[0], messages[-1]] and last.truncated_turns == 2
+    assert last.token_ids == applied(chatml, last.messages)
+    assert chatml.encode_last_turn(messages[:1]).truncated_turns == 0
+
+
 def test_a_system_turn_is_never_dropped_to_make_room(chatml: Chat) -> None:
     with pytest.raises(Unusable, match="prompt_too_long"):
         chatml.encode_prompt(turns(10, system=200), 100)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from clha.chat import Chat, beginning, control_ids, spelling_of
+from clha.chat import Chat, Unusable, beginning, control_ids, spelling_of
 from clha.errors import UserError
 from clha.training.limits import fitted, room_for_prompt
 
@@ -98,7 +98,7 @@ class Conversation:
     def __init__(self, tokenizer: Any, max_length: int | None = None) -> None:
         self._chat = self._own = Chat(tokenizer)
         self._arguments: dict[str, Any] = {}
-        self._max_length = max_length
+        self._max_length, self._bos = max_length, tokenizer.bos_token_id
 
     def encode(self, row: Mapping[str, Any]) -> Encoded:
         """What both conversations begin with belongs to the prompt; `tools` and the like go to the template."""
@@ -124,8 +124,8 @@ class Conversation:
         ids = chat.encode_prompt(asked).token_ids
         room = room_for_prompt(len(ids), responses, self._max_length)
         if len(ids) > room:
-            ids = chat.encode_prompt(asked, room).token_ids
-        return fitted(ids, responses, self._max_length)
+            ids = _shortened(chat, asked, room)
+        return fitted(ids, responses, self._max_length, int(ids[:1] == [self._bos]))
 
     def _chat_of(self, row: Mapping[str, Any]) -> Chat:
         """The chat with the arguments that a row has for the template, in TRL's columns."""
@@ -140,6 +140,16 @@ class Conversation:
         if arguments != self._arguments:
             self._arguments, self._own = arguments, self._chat.with_arguments(arguments)
         return self._own
+
+
+def _shortened(chat: Chat, asked: list[dict[str, str]], room: int) -> list[int]:
+    """A prompt without its oldest turns; where the last one alone is too long, that one whole, to be cut."""
+    try:
+        return chat.encode_prompt(asked, room).token_ids
+    except Unusable as error:
+        if error.reason != "prompt_too_long":
+            raise
+        return chat.encode_last_turn(asked).token_ids
 
 
 def _turns(messages: Any, name: str) -> list[dict[str, str]]:

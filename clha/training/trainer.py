@@ -83,6 +83,7 @@ class ClhaTrainer(SavingTrainer):
         pad_token_id = getattr(self._tokenizer, "pad_token_id", None) or 0
         self._layout = Layout(self.abilities.shares_prompts, args.device, pad_token_id)
         self._limits = limits_of(policy.causal_model(model))
+        self._limits.check_length(args.max_length)
         self.train_dataset, self.eval_dataset = self._prompts(train_dataset), self._prompts(eval_dataset)
         self._candidates = getattr(self.train_dataset, "max_candidates", 2)
         self._pace, self._checked = Pace(args.loss), False

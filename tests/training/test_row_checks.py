@@ -102,6 +102,12 @@ def test_a_row_that_the_model_cannot_take_is_told_before_the_first_step(tmp_path
             make(tmp_path, [ROW, strange], gpt2())
 
 
+def test_a_max_length_beyond_the_models_positions_is_refused_when_the_trainer_is_made(tmp_path: Path):
+    with pytest.raises(UserError, match=r"^max_length=65: the model takes 64 tokens; set no more than that$"):
+        make(tmp_path, [ROW], gpt2(), max_length=65)
+    assert len(make(tmp_path, [ROW], gpt2(), max_length=64).train_dataset) == 1
+
+
 def test_text_that_is_too_long_or_of_another_tokenizer_is_told_when_it_is_read(tmp_path: Path):
     rows = as_ranked_prompts(
         Dataset.from_list([PAIR, PAIR | {"prompt": "x" * 99}]), tiny_tokenizer(), limits=Limits(positions=60)
@@ -143,6 +149,17 @@ def test_max_length_drops_the_oldest_turns_of_messages_and_the_end_of_long_respo
     assert len(item.prompt) + len(item.responses[0]) == 150
     ranked = as_ranked_prompts(Dataset.from_list([ROW | {"prompt_token_ids": list(range(9))}]), None, max_length=5)[0]
     assert ranked.prompt.tolist() == [6, 7, 8] and [r.tolist() for r in ranked.responses] == [[7], [8, 9]]
+
+
+@pytest.mark.parametrize("make_tokenizer", [tiny_tokenizer, llama2_tokenizer])
+def test_a_last_turn_that_is_too_long_alone_loses_its_beginning_behind_bos(make_tokenizer: Any):
+    tokenizer = make_tokenizer()
+    row = TALK | {"prompt": [*ASKED, *said("z"), {"role": "user", "content": "x" * 300 + "end?"}]}
+    item = as_ranked_prompts(Dataset.from_list([row]), tokenizer, max_length=60)[0]
+    asked = tokenizer.apply_chat_template(row["prompt"][-1:], add_generation_prompt=True, return_dict=False)
+    size = 60 - max(map(len, item.responses))
+    assert item.prompt.tolist() == [tokenizer.bos_token_id, *asked[1 - size :]]
+    assert tokenizer.decode(item.responses[0], skip_special_tokens=True).strip() == "It scatters."
 
 
 # Rows.
