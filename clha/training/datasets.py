@@ -52,9 +52,7 @@ def as_ranked_prompts(
     columns, limits = set(getattr(dataset, "column_names", None) or ()), limits or Limits()
     if {"prompt_token_ids", "response_token_ids", "rewards"} <= columns:
         bos = getattr(tokenizer, "bos_token_id", None)
-        prompts = _preferences(dataset, _Preferences(reward_gap, sft_threshold, max_length, bos, limits))
-        prompts.notes = prompts.notes if needs_pairs else []
-        return prompts
+        return _preferences(dataset, _Preferences(reward_gap, sft_threshold, max_length, bos, limits), needs_pairs)
     if {"chosen", "rejected"} <= columns:
         if tokenizer is None:
             raise UserError("dataset: chosen and rejected are text; give the tokenizer as processing_class")
@@ -154,13 +152,13 @@ class _Rows(View):
             raise RowError(str(error)) from None
 
 
-def _preferences(dataset: Any, reader: "_Preferences") -> _Rows:
+def _preferences(dataset: Any, reader: "_Preferences", needs_pairs: bool) -> _Rows:
     found = look_at_preferences(dataset, reader.limits, reader.max_length)
     if found is None:
         sizes = (0 if own is None else len(own) for own in dataset["rewards"])
         return _Rows(dataset, reader.read, (), max(sizes, default=0), ())
     notes, gap = [], found.widest_gap
-    if found.max_candidates and not found.weighed and (gap is None or gap <= reader.reward_gap):
+    if needs_pairs and found.max_candidates and not found.weighed and (gap is None or gap <= reader.reward_gap):
         why = "pair_weights are all 0"
         if found.max_candidates == 1:
             why = "every row has one response, which only the SFT part learns from"

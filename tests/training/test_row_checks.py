@@ -282,7 +282,9 @@ def test_a_dataset_without_a_pair_that_counts_is_told(tmp_path: Path):
     (told,) = make(tmp_path, narrow, evaluation=Dataset.from_list(narrow)).notes
     assert "no pair counts: rewards of a row are at most 0.7 apart" in told and "set reward_gap" in told
     assert make(tmp_path, narrow, reward_gap=0.5).notes == []
-    assert make(tmp_path, narrow, loss="sft").notes == []
+    for loss in ("sft", "rrhf", "pro"):  # they do not read the weights of pairs
+        assert make(tmp_path, narrow, loss=loss).notes == []
+    assert len(make(tmp_path, narrow, loss="dpo").notes) == 1
     single = [{"prompt_token_ids": [5], "response_token_ids": [[7]], "rewards": [9.0]}]
     assert make(tmp_path, single).notes == [
         "dataset: no pair counts: every row has one response, which only the SFT part learns from"
