@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Array2D, Dataset, DatasetDict, List, Value
 from tokenizer_cases import llama2_tokenizer, metaspace_tokenizer
 from torch.utils.data import DataLoader
 from training_cases import small_llama
@@ -226,6 +226,36 @@ def test_what_is_seen_of_rows_does_not_depend_on_their_format():
         with pytest.raises(UserError, match="row 1: rewards must be sorted"):
             as_ranked_prompts(given, None)
     assert as_ranked_prompts(data.select([2, 0]), None).max_candidates == 2
+
+
+WEIGHTS: dict[str, Any] = {
+    "lists": List(List(Value("float32"))),
+    "lists of a fixed size": List(List(Value("float32"), length=2), length=2),
+    "Array2D": Array2D((2, 2), "float32"),
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_pair_weights_of_a_fixed_size_are_looked_at_like_others(kind: str):
+    def rows(*weights: Any) -> Dataset:
+        data = Dataset.from_list([ROW] * len(weights))
+        return data.add_column("pair_weights", list(weights), feature=WEIGHTS[kind])
+
+    good, bad, none = [[0.0, 1.0], [0.0, 0.0]], [[0.0, -1.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]
+    found = look_at_preferences(rows(good, good, bad), Limits(), None)
+    assert found is not None and found.doubtful == [2] and found.weighed
+    with pytest.raises(UserError, match="row 2: pair_weights hold a number below 0"):
+        as_ranked_prompts(rows(good, good, bad), None)
+    assert as_ranked_prompts(rows(none), None).notes == ["dataset: no pair counts: pair_weights are all 0"]
+
+
+def test_weights_of_a_kind_that_cannot_be_looked_at_are_told_of_when_their_row_is_read():
+    rows = Dataset.from_list([ROW | {"pair_weights": None}] + [ROW | {"pair_weights": "0 1 0 0"}] * 2)
+    found = look_at_preferences(rows, Limits(), None)
+    assert found is not None and found.doubtful == []
+    prompts = as_ranked_prompts(rows, None)
+    with pytest.raises(UserError, match="row 1: pair_weights is no array of numbers"):
+        prompts[1]
 
 
 # Kinds of datasets.
