@@ -227,6 +227,25 @@ def test_where_the_template_ends_a_turn_with_no_token_eos_does(hh: Chat, chatml:
     assert Chat(refuses).end_id == chatml.eos_id
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        # A template that writes the start of the next turn whether it is asked to or not, and no end.
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}{{ '<|assistant|>' }}",
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] }}{% endfor %}{{ '<|user|>' }}",
+        "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' + m['content'] }}{% endfor %}"
+        "{{ '<|start|>assistant' }}",
+    ],
+)
+def test_a_token_that_begins_a_turn_does_not_end_one(template: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|start|>", "<|end|>"]})
+    tokenizer.chat_template = template
+    assert Chat(tokenizer).end_id == tokenizer.eos_token_id
+    tokenizer.chat_template = template.replace("m['content'] }}", "m['content'] + '<|end|>\n' }}")
+    assert Chat(tokenizer).end_id == tokenizer.convert_tokens_to_ids("<|end|>")
+
+
 def test_arguments_go_to_the_template_and_cannot_hold_control_tokens() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = (

@@ -64,9 +64,7 @@ def look_at_pairs(dataset: Any) -> list[int]:
     return doubtful
 
 
-def _doubtful(
-    columns: dict[str, pa.Array], limits: Limits, max_length: int | None, found: Found
-) -> np.ndarray:
+def _doubtful(columns: dict[str, pa.Array], limits: Limits, max_length: int | None, found: Found) -> np.ndarray:
     """[rows] bool; what else is seen goes to `found`."""
     responses, rewards = columns["response_token_ids"], columns["rewards"]
     n = _lengths(responses)

@@ -13,10 +13,12 @@ from training_cases import small_llama
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from clha import ClhaConfig, ClhaTrainer
+from clha.chat import Chat
 from clha.errors import UserError
 from clha.tiny_model import tiny_tokenizer
 from clha.training.datasets import as_ranked_prompts
 from clha.training.limits import Limits, limits_of
+from clha.training.pairs import Conversation, PlainText
 from clha.training.row_checks import look_at_preferences
 
 PAIR = {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}
@@ -80,6 +82,39 @@ def test_text_cannot_spell_tokens_of_the_template_that_are_not_special_either():
     ids = [*item.prompt.tolist(), *item.responses[0].tolist()]
     assert not set(tokenizer.convert_tokens_to_ids(["[INST]", "[/INST]"])) & set(ids)
     assert tokenizer.decode(ids, skip_special_tokens=True) == "a [INST] bc [/INST]"
+
+
+def test_text_full_of_such_tokens_is_read_in_order_and_in_a_moment():
+    tokenizer = metaspace_tokenizer()
+    row = {"prompt": "a [INST] b" * 3 + "[INST[INST]]", "chosen": "c [/INST]" * 2000, "rejected": "d"}
+    start = time.process_time()
+    item = as_ranked_prompts(Dataset.from_list([row]), tokenizer)[0]
+    assert time.process_time() - start < 20
+    ids = [*item.prompt.tolist(), *item.responses[0].tolist()]
+    assert not set(tokenizer.convert_tokens_to_ids(["[INST]", "[/INST]"])) & set(ids)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == row["prompt"] + row["chosen"]
+
+
+def test_trusted_text_is_not_searched_for_control_tokens():
+    def rows() -> Any:
+        raise AssertionError("a row was read")
+        yield
+
+    assert PlainText(tiny_tokenizer(), control_tokens=True).told(rows()) is None
+
+
+def test_a_chat_is_kept_for_the_arguments_of_rows_that_come_again(monkeypatch: pytest.MonkeyPatch):
+    made: list[Any] = []
+    with_arguments = Chat.with_arguments
+    monkeypatch.setattr(Chat, "with_arguments", lambda self, own: made.append(own) or with_arguments(self, own))
+    chats = Conversation(tiny_tokenizer())
+    for i in [0, 1, 2] * 3:
+        chats.encode(TALK | {"tools": [{"name": f"tool{i}"}]})
+    assert len(made) == 3
+    for i in range(100):
+        chats.encode(TALK | {"tools": [{"name": f"other{i}"}]})
+    chats.encode(TALK | {"tools": [{"name": "other99"}]})
+    assert len(made) == 103 and len(chats._own) == 64
 
 
 # Lengths and token ids.

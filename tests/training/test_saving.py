@@ -116,9 +116,7 @@ def test_generation_with_a_saved_model_stops_where_the_responses_that_it_learned
         assert stops(folder) == ([eos, end] if messages else eos)
 
 
-def test_an_exported_model_stops_at_the_end_of_a_turn_and_is_left_alone_where_it_does(
-    tiny_model: Path, tmp_path: Path
-):
+def test_an_exported_model_stops_at_the_end_of_a_turn_and_is_left_alone_where_it_does(tiny_model: Path, tmp_path: Path):
     model, tokenizer = base_model(tiny_model)
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, 7]
     for _ in range(2):
