@@ -159,7 +159,7 @@ class ChatText:
         from clha.chat import Unusable
 
         try:
-            response = self._chat.encode_response(item.response).token_ids[:-1]  # without EOS
+            response = self._chat.encode_response(item.response).token_ids[:-1]  # without the token that ends a turn
             room = self.max_tokens - len(response) - len(self._after)
             try:
                 prompt = self._chat.encode_prompt(item.messages, room)

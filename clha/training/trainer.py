@@ -10,11 +10,12 @@ from torch import Tensor
 from transformers.trainer_utils import EvalLoopOutput
 
 from clha.errors import UserError
-from clha.training import checks, given, layers, policy
+from clha.training import checks, layers, policy
 from clha.training.arguments import ClhaConfig, refuse_unused
 from clha.training.batches import Layout, MicroBatch, RankedPrompt
 from clha.training.datasets import as_ranked_prompts, check_given, check_rows
 from clha.training.flops import peak_flops, training_flops
+from clha.training.inputs import checked_settings, load_given, tokenizer_of, with_new_adapter
 from clha.training.limits import limits_of
 from clha.training.loader import PromptSampler, prompt_loader
 from clha.training.logprobs import sum_by_response
@@ -59,9 +60,9 @@ class ClhaTrainer(SavingTrainer):
     ) -> None:
         refuse_unused(others)
         check_given(train_dataset, eval_dataset)
-        args, (model, processing_class) = given.settings(args), given.loaded(model, processing_class)
-        self._tokenizer = given.tokenizer_of(processing_class)
-        model = given.with_adapter(model, peft_config, args.seed)
+        args, (model, processing_class) = checked_settings(args), load_given(model, processing_class)
+        self._tokenizer = tokenizer_of(processing_class)
+        model = with_new_adapter(model, peft_config, args.seed)
         super().__init__(
             model=model,
             args=args,
