@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
 
+from clha.control_tokens import beginning, control_ids, in_pieces, spelling_of
 from clha.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Messages = Sequence[Mapping[str, str]]
 
+_ASKED = "27af6d1c"  # a user's words that no template writes by itself
 _SHIPPED = Path(__file__).parent / "chat_templates"
 
 
@@ -78,30 +79,8 @@ def load_chat(model: Path, chat_template: str = "model") -> "Chat":
     return Chat(tokenizer)
 
 
-def beginning(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The tokens that the tokenizer itself puts before a text, as BOS; whether it does, only asking it tells."""
-    whole, bare = (list(tokenizer("a", add_special_tokens=added).input_ids) for added in (True, False))
-    return whole[: next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)]
-
-
 def _adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
     return tokenizer.bos_token_id is not None and beginning(tokenizer)[:1] == [tokenizer.bos_token_id]
-
-
-def control_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[frozenset[int], frozenset[int]]:
-    """The special tokens, and with them those that the chat template speaks with, special by name or not."""
-    added = {i: (t.content, t.special) for i, t in tokenizer.added_tokens_decoder.items()}
-    special = frozenset(tokenizer.all_special_ids) | {i for i, (_, is_special) in added.items() if is_special}
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
-    return special, special | {i for i, (content, _) in added.items() if content in template}
-
-
-def spelling_of(tokenizer: "PreTrainedTokenizerBase", ids: Iterable[int]) -> re.Pattern[str]:
-    """What matches the spelling of any of some tokens, the longest first."""
-    spellings = {str(tokenizer.convert_ids_to_tokens(i)) for i in ids}
-    # A spelling of one character cannot be cut into harmless pieces.
-    longest_first = sorted((s for s in spellings if len(s) > 1), key=lambda s: (-len(s), s))
-    return re.compile("|".join(re.escape(s) for s in longest_first) or r"(?!)")
 
 
 class Chat:
@@ -121,7 +100,6 @@ class Chat:
         # What decoding leaves out: none of it may stand inside a response.
         self.special_ids, self._control_ids = control_ids(tokenizer)
         self._control = spelling_of(tokenizer, self._control_ids)
-        self._overlapping = re.compile(f"(?=(?:{self._control.pattern}))")
 
     def with_arguments(self, arguments: Mapping[str, Any]) -> "Chat":
         """This chat with arguments for its template, as `tools` or `enable_thinking`.
@@ -149,7 +127,7 @@ class Chat:
         ids = self._encode(kept)
         if max_tokens is None or len(ids) <= max_tokens:
             return EncodedPrompt(ids, kept, 0)
-        lead = next((i for i, m in enumerate(kept[:-1]) if m["role"] != "system"), len(kept) - 1)
+        lead = _leading_system_turns(kept)
         system, turns = kept[:lead], kept[lead:]
         starts = [i for i in range(1, len(turns)) if turns[i]["role"] == "user"]
         # Fewer turns are fewer tokens: the first start that fits is found by halving.
@@ -165,6 +143,16 @@ class Chat:
         if best is None:
             raise Unusable("prompt_too_long", f"{len(ids)} tokens without its older turns, {max_tokens} allowed")
         return best
+
+    def encode_last_turn(self, messages: Messages) -> EncodedPrompt:
+        """The last turn alone, behind the system turns at the start, however long: for who cuts it himself.
+
+        Raises Unusable as `encode_prompt`.
+        """
+        lead = _leading_system_turns(messages)
+        dropped = max(len(messages) - 1 - lead, 0)
+        last = self.encode_prompt([*messages[:lead], *messages[lead + dropped :]])
+        return EncodedPrompt(last.token_ids, last.messages, dropped)
 
     def check_markers(self, texts: Iterable[str]) -> None:
         """Raises Unusable `stray_marker` when a text holds what the template, in plain text, begins a turn with.
@@ -241,10 +229,7 @@ class Chat:
 
     def _plain(self, text: str) -> list[int]:
         """Token ids of text in which nothing is a control token: every spelling of one is cut in two."""
-        cuts = [0, *(match.start() + 1 for match in self._overlapping.finditer(text)), len(text)]
-        ids: list[int] = []
-        for start, end in pairwise(cuts):
-            ids += self._inside(text[start:end])
+        ids = [i for piece in in_pieces(text, self._control) for i in self._inside(piece)]
         # A tokenizer can make a control token of plain text all the same: its unknown token.
         return [i for i in ids if i not in self._control_ids]
 
@@ -293,14 +278,32 @@ class Chat:
         """
         words = uuid4().hex
         try:
-            turns = self._render([{"role": "user", "content": "x"}, {"role": "assistant", "content": words}], False)
+            turns = self._render([{"role": "user", "content": _ASKED}, {"role": "assistant", "content": words}], False)
         except Unusable:
             return self.eos_id
         _, said, after = turns.rpartition(words)
         first = self._control.match(after.lstrip()) if said else None
         end = self.tokenizer.convert_tokens_to_ids(first.group()) if first else None
         known = end in self.special_ids and end != self.tokenizer.bos_token_id
-        return cast(int, end) if known else self.eos_id
+        if first is None or not known or self._begins_turn(first.group(), words, turns):
+            return self.eos_id
+        return cast(int, end)
+
+    def _begins_turn(self, token: str, words: str, turns: str) -> bool:
+        """Whether the token behind an assistant's words is the next turn's: some templates always write its start."""
+        asked, _, after = turns.partition(words)
+        between = self._control.split(after.lstrip().removeprefix(token))[0]
+        if between.strip():  # the next speaker's name
+            return True
+        if asked.partition(_ASKED)[0].rstrip().endswith(token):
+            return True
+        more = [("user", _ASKED), ("assistant", words), ("user", _ASKED)]
+        try:
+            turns = self._render([{"role": role, "content": content} for role, content in more], False)
+        except Unusable:
+            return False
+        # What ends a turn does so whoever speaks next.
+        return not turns.partition(words)[2].lstrip().startswith(token)
 
     @cached_property
     def _gap(self) -> str:
@@ -313,6 +316,11 @@ class Chat:
             return ""
         gap = answered[len(asked) :].partition("y")[0] if answered.startswith(asked) else ""
         return gap if gap.isspace() else ""
+
+
+def _leading_system_turns(messages: Messages) -> int:
+    """How many system turns stand at the beginning (the last turn is never counted)."""
+    return next((i for i, m in enumerate(messages[:-1]) if m["role"] != "system"), max(len(messages) - 1, 0))
 
 
 def _check_unicode(text: str) -> None:

@@ -152,6 +152,14 @@ def test_a_last_turn_that_is_too_long_alone_is_a_reason(chatml: Chat) -> None:
         chatml.encode_prompt(turns(5, 5, 1000), 100)  # 1000 letters, 3 control tokens, "user_", "_", "assistant_"
 
 
+def test_the_last_turn_alone_keeps_the_system_turn(chatml: Chat) -> None:
+    messages = turns(5, 5, 1000, system=3)
+    last = chatml.encode_last_turn(messages)
+    assert last.messages == [messages[0], messages[-1]] and last.truncated_turns == 2
+    assert last.token_ids == applied(chatml, last.messages)
+    assert chatml.encode_last_turn(messages[:1]).truncated_turns == 0
+
+
 def test_a_system_turn_is_never_dropped_to_make_room(chatml: Chat) -> None:
     with pytest.raises(Unusable, match="prompt_too_long"):
         chatml.encode_prompt(turns(10, system=200), 100)
@@ -217,6 +225,25 @@ def test_where_the_template_ends_a_turn_with_no_token_eos_does(hh: Chat, chatml:
     refuses = tiny_tokenizer()
     refuses.chat_template = "{{ raise_exception('never') }}"
     assert Chat(refuses).end_id == chatml.eos_id
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        # A template that writes the start of the next turn whether it is asked to or not, and no end.
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}{{ '<|assistant|>' }}",
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] }}{% endfor %}{{ '<|user|>' }}",
+        "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' + m['content'] }}{% endfor %}"
+        "{{ '<|start|>assistant' }}",
+    ],
+)
+def test_a_token_that_begins_a_turn_does_not_end_one(template: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|start|>", "<|end|>"]})
+    tokenizer.chat_template = template
+    assert Chat(tokenizer).end_id == tokenizer.eos_token_id
+    tokenizer.chat_template = template.replace("m['content'] }}", "m['content'] + '<|end|>\n' }}")
+    assert Chat(tokenizer).end_id == tokenizer.convert_tokens_to_ids("<|end|>")
 
 
 def test_arguments_go_to_the_template_and_cannot_hold_control_tokens() -> None:

@@ -7,8 +7,6 @@ from typing import Any, Protocol
 
 Message = Mapping[str, str]
 
-_NO_LIMIT = 1 << 30
-
 
 @dataclass(frozen=True)
 class RewardInput:
@@ -161,7 +159,7 @@ class ChatText:
         from clha.chat import Unusable
 
         try:
-            response = self._chat.encode_response(item.response).token_ids[:-1]  # without EOS
+            response = self._chat.encode_response(item.response).token_ids[:-1]  # without the token that ends a turn
             room = self.max_tokens - len(response) - len(self._after)
             try:
                 prompt = self._chat.encode_prompt(item.messages, room)
@@ -169,8 +167,7 @@ class ChatText:
             except Unusable as error:
                 if error.reason != "prompt_too_long":
                     raise
-                last = without_oldest_turns(item.messages, len(item.messages) - 1 - leading_system_turns(item.messages))
-                ids, truncated = self._chat.encode_prompt(last, _NO_LIMIT).token_ids, True
+                ids, truncated = self._chat.encode_last_turn(item.messages).token_ids, True
         except Unusable as error:
             raise Unreadable(str(error)) from None
         return cut_left(ids, response, self._after, self.max_tokens, truncated=truncated)

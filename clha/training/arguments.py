@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from clha.errors import UserError
-from clha.training.objectives import LOSSES
+from clha.training.objectives import LOSSES, REFERENCE_LOSSES
 
 # What the numbers may be, in words and as a test, which NaN never passes.
 _Rule = tuple[str, Callable[[float], bool]]
@@ -155,7 +155,8 @@ class ClhaConfig(TrainingArguments):
     def data_settings(self) -> dict[str, Any]:
         """The settings that `clha.training.datasets.as_ranked_prompts` reads."""
         names = ("reward_gap", "sft_threshold", "max_length", "control_tokens_in_text")
-        return {name: getattr(self, name) for name in names} | {"needs_pairs": self.loss != "sft"}
+        needs_pairs = self.loss == "clha" or self.loss in REFERENCE_LOSSES  # others do not read the weights of pairs
+        return {name: getattr(self, name) for name in names} | {"needs_pairs": needs_pairs}
 
 
 # What `Trainer` takes and this one has no use for, and what to do instead.

@@ -114,9 +114,7 @@ def _seen(path: Path) -> list[int | str]:
 def last_checkpoint(folder: Path, log: Callable[[str], None]) -> Path | None:
     """The newest checkpoint in `folder` that is complete and can be resumed from, or None.
 
-    Others are passed over, with one line each, and left alone.
-
-    What has no list may as well be another trainer's.
+    Others are passed over, with one line each, and left alone: what has no list may as well be another trainer's.
 
     Raises TransientFailure where a checkpoint cannot be read.
     """

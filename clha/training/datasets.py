@@ -52,9 +52,7 @@ def as_ranked_prompts(
     columns, limits = set(getattr(dataset, "column_names", None) or ()), limits or Limits()
     if {"prompt_token_ids", "response_token_ids", "rewards"} <= columns:
         bos = getattr(tokenizer, "bos_token_id", None)
-        prompts = _preferences(dataset, _Preferences(reward_gap, sft_threshold, max_length, bos, limits))
-        prompts.notes = prompts.notes if needs_pairs else []
-        return prompts
+        return _preferences(dataset, _Preferences(reward_gap, sft_threshold, max_length, bos, limits), needs_pairs)
     if {"chosen", "rejected"} <= columns:
         if tokenizer is None:
             raise UserError("dataset: chosen and rejected are text; give the tokenizer as processing_class")
@@ -128,7 +126,10 @@ class View:
 
 
 class _Rows(View):
-    """A dataset seen as ranked prompts; each row is converted, and checked, when it is asked for."""
+    """A dataset seen as ranked prompts; each row is converted, and checked, when it is asked for.
+
+    `conversational`: responses end with what ends a turn in the chat template.
+    """
 
     def __init__(
         self,
@@ -137,8 +138,9 @@ class _Rows(View):
         doubtful: Sequence[int],
         max_candidates: int,
         notes: Sequence[str],
+        conversational: bool = False,
     ) -> None:
-        self._dataset, self._read = dataset, read
+        self._dataset, self._read, self.conversational = dataset, read, conversational
         self.max_candidates, self.notes = max_candidates, list(notes)
         for i in [*range(min(len(self), 1)), *doubtful]:
             self._item(i)
@@ -150,13 +152,13 @@ class _Rows(View):
             raise RowError(str(error)) from None
 
 
-def _preferences(dataset: Any, reader: "_Preferences") -> _Rows:
+def _preferences(dataset: Any, reader: "_Preferences", needs_pairs: bool) -> _Rows:
     found = look_at_preferences(dataset, reader.limits, reader.max_length)
     if found is None:
         sizes = (0 if own is None else len(own) for own in dataset["rewards"])
         return _Rows(dataset, reader.read, (), max(sizes, default=0), ())
     notes, gap = [], found.widest_gap
-    if found.max_candidates and not found.weighed and (gap is None or gap <= reader.reward_gap):
+    if needs_pairs and found.max_candidates and not found.weighed and (gap is None or gap <= reader.reward_gap):
         why = "pair_weights are all 0"
         if found.max_candidates == 1:
             why = "every row has one response, which only the SFT part learns from"
@@ -173,7 +175,7 @@ def _pairs(dataset: Any, reader: "_Pairs") -> _Rows:
     first = dataset[0] if len(dataset) else {}
     if isinstance(first.get("chosen"), list):
         reader.check_template()
-        return _Rows(dataset, reader.read, look_at_pairs(dataset), 2, ())
+        return _Rows(dataset, reader.read, look_at_pairs(dataset), 2, (), conversational=True)
     told = reader.text.told(dataset[i] for i in range(min(len(dataset), _ROWS_TO_SEARCH)))
     return _Rows(dataset, reader.read, look_at_pairs(dataset), 2, [told] if told else [])
 

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from clha.chat import Chat
 from clha.training import policy
 
 
@@ -16,6 +17,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path, *, dtype: str, card: st
 
     Args:
         model: as it was trained; it is changed (own attention again, `dtype`), so train no further with it.
+        tokenizer: with the chat template that responses were written by.
         folder: replaced.
         dtype: float32, bfloat16 or float16.
         merge_adapter: merge a LoRA adapter into the weights; else the adapter alone is written.
@@ -24,6 +26,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path, *, dtype: str, card: st
     policy.detach(model)
     if merge_adapter and hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
+    stop_at_turn_end(model, tokenizer)
     model.to(getattr(torch, dtype))
     config = policy.causal_model(model).config
     config.dtype = getattr(torch, dtype)
@@ -31,6 +34,20 @@ def save_model(model: Any, tokenizer: Any, folder: Path, *, dtype: str, card: st
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def stop_at_turn_end(model: Any, tokenizer: Any) -> None:
+    """Let generation stop where responses ended in training, besides where it stopped already.
+
+    A base model with a ChatML template has learned <|im_end|>, and its settings may name <|endoftext|> alone.
+    """
+    generation, end = getattr(policy.causal_model(model), "generation_config", None), Chat(tokenizer).end_id
+    if generation is None:
+        return
+    stops = generation.eos_token_id
+    known = list(stops) if isinstance(stops, list | tuple) else [stops] * (stops is not None)
+    if end not in known:
+        generation.eos_token_id = [*known, end] if known else end
 
 
 def metrics_table(rows: Sequence[Mapping[str, float]]) -> pa.Table:

@@ -18,6 +18,11 @@ class Limits:
     positions: int | None = None
     vocabulary: int | None = None
 
+    def check_length(self, max_length: int | None) -> None:
+        """Raises UserError where rows would be cut to more than the model takes."""
+        if max_length is not None and self.positions is not None and max_length > self.positions:
+            raise UserError(f"max_length={max_length}: the model takes {self.positions} tokens; set no more than that")
+
     def check(self, item: RankedPrompt, where: str) -> RankedPrompt:
         """`item`. Raises UserError where the model cannot take it; the last token of a response is no input."""
         if self.positions is not None and item.longest > self.positions:

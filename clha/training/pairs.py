@@ -5,19 +5,20 @@ of text are TRL's. Where a token would reach over the border between the two, th
 when the model is asked, and the answer those that it has behind another text.
 """
 
+import inspect
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from clha.chat import Chat, beginning, control_ids, spelling_of
+from clha.chat import Chat, Unusable
+from clha.control_tokens import beginning, control_ids, in_pieces, spelling_of
 from clha.errors import UserError
 from clha.training.limits import fitted, room_for_prompt
 
 Encoded = tuple[list[int], list[list[int]]]  # the prompt, and each response
 
-# What `apply_chat_template` is told by the code that calls it.
-_RESERVED = {"add_generation_prompt", "chat_template", "continue_final_message", "return_dict", "tokenize"}
+_CHATS_KEPT = 64  # with the arguments of different rows
 # What no tokenizer is likely to join with the word after it.
 _ANCHORS = ("\n", ".")
 
@@ -49,6 +50,8 @@ class PlainText:
 
     def told(self, rows: Iterable[Mapping[str, Any]]) -> str | None:
         """A line on control tokens that stand in text and are spelled out, None where there are none."""
+        if self._control_tokens:
+            return None
         found: list[tuple[int, str]] = []
         looked = 0
         for i, row in enumerate(rows):
@@ -56,7 +59,7 @@ class PlainText:
             texts = (text for text in (row.get("prompt"), row["chosen"], row["rejected"]) if isinstance(text, str))
             match = next(filter(None, map(self._spelling.search, texts)), None)
             found += [(i, match.group())] if match else []
-        if not found or self._control_tokens:
+        if not found:
             return None
         return (
             f"dataset: text holds control tokens ({found[0][1]} in row {found[0][0]}; {len(found)} of the first "
@@ -71,34 +74,43 @@ class PlainText:
     def _after(self, prompt: str, ids: list[int], answer: str) -> list[int]:
         """Token ids of an answer behind its prompt: some tokenizers put a space before what begins a text."""
         joined = self._ids(prompt + answer)
-        return joined[len(ids) :] if joined[: len(ids)] == ids else self._behind_text(answer)
-
-    def _behind_text(self, text: str) -> list[int]:
-        for anchor in _ANCHORS:
-            known, joined = self._ids(anchor), self._ids(anchor + text)
-            if joined[: len(known)] == known:
-                return joined[len(known) :]
-        return self._ids(text)
+        return joined[len(ids) :] if joined[: len(ids)] == ids else _behind_text(answer, self._ids)
 
     def _ids(self, text: str) -> list[int]:
+        ids = self._as_read(text)
+        if self._control_tokens or self._named.isdisjoint(ids):
+            return ids
+        first, *others = in_pieces(text, self._spelling)
+        ids = self._as_read(first)
+        for piece in others:
+            ids += _behind_text(piece, self._as_read)
+        return [i for i in ids if i not in self._named]  # a tokenizer may read one where it is not spelled
+
+    def _as_read(self, text: str) -> list[int]:
+        """Token ids, those of the template that are not special among them."""
         split = not self._control_tokens
-        ids = list(self._tokenizer(text, add_special_tokens=False, split_special_tokens=split)["input_ids"])
-        if split and not self._named.isdisjoint(ids):
-            match = self._spelling.search(text)
-            if match is None:  # the tokenizer reads it where it is not spelled
-                return [i for i in ids if i not in self._named]
-            cut = match.start() + 1
-            ids = self._ids(text[:cut]) + self._behind_text(text[cut:])
-        return ids
+        return list(self._tokenizer(text, add_special_tokens=False, split_special_tokens=split)["input_ids"])
+
+
+def _behind_text(text: str, read: Callable[[str], list[int]]) -> list[int]:
+    """Token ids of a text as it stands behind another one."""
+    for anchor in _ANCHORS:
+        known, joined = read(anchor), read(anchor + text)
+        if joined[: len(known)] == known:
+            return joined[len(known) :]
+    return read(text)
 
 
 class Conversation:
     """Messages, through the same chat code as everywhere."""
 
     def __init__(self, tokenizer: Any, max_length: int | None = None) -> None:
-        self._chat = self._own = Chat(tokenizer)
-        self._arguments: dict[str, Any] = {}
-        self._max_length = max_length
+        self._chat = Chat(tokenizer)
+        self._own: dict[str, Chat] = {}  # by arguments, those used last at the end
+        # What `apply_chat_template` is told by the code that calls it.
+        named = inspect.signature(tokenizer.apply_chat_template).parameters.values()
+        self._reserved = {p.name for p in named if p.kind is not p.VAR_KEYWORD} - {"tools", "documents"} | {"messages"}
+        self._max_length, self._bos = max_length, tokenizer.bos_token_id
 
     def encode(self, row: Mapping[str, Any]) -> Encoded:
         """What both conversations begin with belongs to the prompt; `tools` and the like go to the template."""
@@ -124,22 +136,37 @@ class Conversation:
         ids = chat.encode_prompt(asked).token_ids
         room = room_for_prompt(len(ids), responses, self._max_length)
         if len(ids) > room:
-            ids = chat.encode_prompt(asked, room).token_ids
-        return fitted(ids, responses, self._max_length)
+            ids = _shortened(chat, asked, room)
+        return fitted(ids, responses, self._max_length, int(ids[:1] == [self._bos]))
 
     def _chat_of(self, row: Mapping[str, Any]) -> Chat:
         """The chat with the arguments that a row has for the template, in TRL's columns."""
         tools, arguments = row.get("tools"), dict(row.get("chat_template_kwargs") or {})
-        if reserved := sorted(_RESERVED & arguments.keys()):
+        if reserved := sorted(self._reserved & arguments.keys()):
             raise UserError(f"chat_template_kwargs has {reserved[0]}, which is not for a row to say; take it out")
         if tools:
             try:
                 arguments["tools"] = json.loads(tools) if isinstance(tools, str) else tools
             except ValueError:
                 raise UserError("tools is text that is no JSON") from None
-        if arguments != self._arguments:
-            self._arguments, self._own = arguments, self._chat.with_arguments(arguments)
-        return self._own
+        if not arguments:
+            return self._chat
+        key = json.dumps(arguments, default=str)  # in their order, in which a template may write them
+        own = self._own.pop(key, None) or self._chat.with_arguments(arguments)
+        self._own[key] = own
+        if len(self._own) > _CHATS_KEPT:
+            del self._own[next(iter(self._own))]
+        return own
+
+
+def _shortened(chat: Chat, asked: list[dict[str, str]], room: int) -> list[int]:
+    """A prompt without its oldest turns; where the last one alone is too long, that one whole, to be cut."""
+    try:
+        return chat.encode_prompt(asked, room).token_ids
+    except Unusable as error:
+        if error.reason != "prompt_too_long":
+            raise
+        return chat.encode_last_turn(asked).token_ids
 
 
 def _turns(messages: Any, name: str) -> list[dict[str, str]]:

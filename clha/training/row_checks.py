@@ -33,11 +33,12 @@ def look_at_preferences(dataset: Any, limits: Limits, max_length: int | None) ->
         return None
     found = Found()
     for start, batch in _batches(dataset, names):
-        if not all(_is_list(batch.column(name).type) for name in names[:3]):
+        columns = {name: _column(batch, name) for name in batch.column_names}
+        if not all(_is_list(columns[name].type) for name in names[:3]):
             return None
-        if not _is_list(batch.column("response_token_ids").type.value_type):
+        if not _is_list(columns["response_token_ids"].type.value_type):
             return None
-        bad = _doubtful(batch, limits, max_length, found)
+        bad = _doubtful(columns, limits, max_length, found)
         found.doubtful += (start + np.flatnonzero(bad)).tolist()
     return found
 
@@ -51,7 +52,7 @@ def look_at_pairs(dataset: Any) -> list[int]:
         bad = np.zeros(len(batch), dtype=bool)
         sizes = []
         for name in batch.column_names:
-            column = batch.column(name).combine_chunks()
+            column = _column(batch, name)
             if _is_list(column.type):
                 sizes.append(_lengths(column))
                 bad |= (sizes[0] == 0) | (sizes[-1] != sizes[0])
@@ -63,9 +64,8 @@ def look_at_pairs(dataset: Any) -> list[int]:
     return doubtful
 
 
-def _doubtful(batch: pa.Table, limits: Limits, max_length: int | None, found: Found) -> np.ndarray:
+def _doubtful(columns: dict[str, pa.Array], limits: Limits, max_length: int | None, found: Found) -> np.ndarray:
     """[rows] bool; what else is seen goes to `found`."""
-    columns = {name: batch.column(name).combine_chunks() for name in batch.column_names}
     responses, rewards = columns["response_token_ids"], columns["rewards"]
     n = _lengths(responses)
     found.max_candidates = max(found.max_candidates, int(n.max(initial=0)))
@@ -102,8 +102,10 @@ def _doubtful(batch: pa.Table, limits: Limits, max_length: int | None, found: Fo
         found.widest_gap = float(np.nanmax(gaps, initial=found.widest_gap or 0.0))
     if given.any():
         weights = columns["pair_weights"]
-        bad |= given & (_lengths(weights) != n) if _is_list(weights.type) else given
-        if _is_list(weights.type) and _is_list(weights.type.value_type):
+        if not (_is_list(weights.type) and _is_list(weights.type.value_type)):
+            found.weighed = True  # not looked at: nothing can be said of them before rows are read
+        else:
+            bad |= given & (_lengths(weights) != n)
             inner = weights.flatten()
             of_weights = np.repeat(np.arange(len(n)), _lengths(weights))
             mark(of_weights, _lengths(inner) != n[of_weights])
@@ -111,7 +113,7 @@ def _doubtful(batch: pa.Table, limits: Limits, max_length: int | None, found: Fo
             mark(np.repeat(of_weights, _lengths(inner)), ~(np.isfinite(numbers) & (numbers >= 0)))
             found.weighed |= bool((numbers > 0).any())
     for name, top in (("sft_index", n - 1), ("sft_lambda", np.ones(len(n)))):
-        if (known := _is_given(columns, name)).any():
+        if (known := _is_given(columns, name)).any() and _is_number(columns[name].type):
             numbers = _numpy(columns[name], 0)
             bad |= known & ~((numbers >= 0) & (numbers <= top))
     return bad
@@ -143,8 +145,18 @@ def _in_arrow(dataset: Any) -> bool:
     return hasattr(dataset, "with_format") and getattr(dataset, "format", {}).get("type") != "custom"
 
 
+def _column(table: pa.Table, name: str) -> pa.Array:
+    """A column in one piece, as the lists that an extension type, as `datasets.Array2D`, keeps it in."""
+    column = table.column(name).combine_chunks()
+    return column.storage if isinstance(column, pa.ExtensionArray) else column
+
+
 def _is_list(kind: Any) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _is_number(kind: Any) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
 
 
 def _is_given(columns: dict[str, pa.Array], name: str) -> np.ndarray:

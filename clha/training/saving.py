@@ -17,6 +17,7 @@ from transformers.utils import PushInProgress
 from clha.errors import UserError
 from clha.training import checks
 from clha.training.checkpoints import last_checkpoint, mark_complete, why_not_resumable
+from clha.training.export import stop_at_turn_end
 from clha.training.processes import ProcessesTrainer
 
 _LOG = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class SavingTrainer(ProcessesTrainer):
     pickled arguments."""
 
     _prompt_ids: Sequence[str] = ()  # of the step, in all processes
+    _tokenizer: Any = None
 
     def train(
         self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, *args: Any, **kwargs: Any
@@ -88,12 +90,17 @@ class SavingTrainer(ProcessesTrainer):
         checks.check_finite(float(value.detach()), what, step, self._prompt_ids, folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As any Trainer's. Raises StageFailure, before anything is overwritten, where a weight is not finite."""
+        """As any Trainer's; where messages were trained on, generation stops at the end of a turn too.
+
+        Raises StageFailure, before anything is overwritten, where a weight is not finite.
+        """
         model: Any = self.model
         largest = checks.largest_weights(model)
         # Copies are alike, and a script may let one process alone save them; shards are saved by all.
         largest = self._summed(largest) if self.is_fsdp_enabled else largest
         self._check_finite(largest, "a weight", self.state.global_step)
+        if getattr(self.train_dataset, "conversational", False):
+            stop_at_turn_end(model, self._tokenizer)
         super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

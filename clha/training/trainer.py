@@ -1,7 +1,6 @@
 """A transformers Trainer that trains on ranked responses: it prepares batches and calls pure losses."""
 
 import contextlib
-import logging
 from typing import Any
 
 import numpy as np
@@ -10,23 +9,20 @@ from torch import Tensor
 from transformers.trainer_utils import EvalLoopOutput
 
 from clha.errors import UserError
-from clha.training import checks, given, layers, policy
+from clha.training import checks, layers, policy
 from clha.training.arguments import ClhaConfig, refuse_unused
 from clha.training.batches import Layout, MicroBatch, RankedPrompt
-from clha.training.datasets import as_ranked_prompts, check_given, check_rows
+from clha.training.datasets import check_given
 from clha.training.flops import peak_flops, training_flops
+from clha.training.inputs import checked_settings, load_given, tokenizer_of, with_new_adapter
 from clha.training.limits import limits_of
-from clha.training.loader import PromptSampler, prompt_loader
 from clha.training.logprobs import sum_by_response
 from clha.training.metrics import Pace, Sums
-from clha.training.objectives import REFERENCE_LOSSES, Denominators, count, objective
-from clha.training.reference import with_reference
-from clha.training.saving import SavingTrainer
-
-_LOG = logging.getLogger(__name__)
+from clha.training.objectives import Denominators, count, objective
+from clha.training.prompted import PromptedTrainer
 
 
-class ClhaTrainer(SavingTrainer):
+class ClhaTrainer(PromptedTrainer):
     """Trains a causal language model with CLHA or one of its baselines.
 
     Args:
@@ -43,10 +39,6 @@ class ClhaTrainer(SavingTrainer):
         UserError: something is given that would not be used, as compute_metrics, or that cannot be trained.
     """
 
-    args: ClhaConfig
-    train_dataset: Any
-    eval_dataset: Any
-
     def __init__(
         self,
         model: Any,
@@ -59,9 +51,9 @@ class ClhaTrainer(SavingTrainer):
     ) -> None:
         refuse_unused(others)
         check_given(train_dataset, eval_dataset)
-        args, (model, processing_class) = given.settings(args), given.loaded(model, processing_class)
-        self._tokenizer = given.tokenizer_of(processing_class)
-        model = given.with_adapter(model, peft_config, args.seed)
+        args, (model, processing_class) = checked_settings(args), load_given(model, processing_class)
+        self._tokenizer = tokenizer_of(processing_class)
+        model = with_new_adapter(model, peft_config, args.seed)
         super().__init__(
             model=model,
             args=args,
@@ -76,51 +68,17 @@ class ClhaTrainer(SavingTrainer):
         self.abilities = policy.attach(
             model, args.share_prompts, args.logits_megabytes << 20, self._alone, args.torch_compile
         )
-        # Lines that a person should read.
-        self.notes = [line for line in (self.abilities.reason, checks.rounding_note(model)) if line]
-        for note in self.notes:
-            _LOG.warning(note)
+        self.notes = []
+        for line in (self.abilities.reason, checks.rounding_note(model)):
+            self._note(line)
         pad_token_id = getattr(self._tokenizer, "pad_token_id", None) or 0
         self._layout = Layout(self.abilities.shares_prompts, args.device, pad_token_id)
         self._limits = limits_of(policy.causal_model(model))
+        self._limits.check_length(args.max_length)
         self.train_dataset, self.eval_dataset = self._prompts(train_dataset), self._prompts(eval_dataset)
         self._candidates = getattr(self.train_dataset, "max_candidates", 2)
         self._pace, self._checked = Pace(args.loss), False
         self._peak: float | None = None
-
-    def _prompts(self, dataset: Any) -> Any:
-        """A dataset, or each of a dict of them, as ranked prompts; for DPO with the reference's log-probabilities."""
-        if isinstance(dataset, dict):
-            return {name: self._prompts(part) for name, part in dataset.items()}
-        args, tokenizer = self.args, self._tokenizer
-        prompts = as_ranked_prompts(dataset, tokenizer, limits=self._limits, **args.data_settings())
-        for note in getattr(prompts, "notes", ()):
-            if note not in self.notes:
-                self.notes.append(note)
-                _LOG.warning(note)
-        if args.loss not in REFERENCE_LOSSES:
-            return prompts
-        trained = self.state.global_step > 0
-        return with_reference(prompts, self.model, self._layout, args.tokens_per_micro_batch, args.bf16, trained)
-
-    def get_train_dataloader(self) -> Any:
-        if self.train_dataset is None or len(self.train_dataset) == 0:
-            raise ValueError("training needs a train_dataset with at least one prompt")
-        return prompt_loader(self.train_dataset, PromptSampler.of(self.args, len(self.train_dataset)), self.args)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """All prompts of a dataset, or of the one of that name, in batches; `evaluation_loop` deals them itself."""
-        given = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(given, str):
-            named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
-            if given not in named:
-                raise UserError(f"evaluate: there is no eval_dataset {given!r}; there are {', '.join(named) or 'none'}")
-            given = named[given]
-        if given is None:
-            raise ValueError("evaluation needs an eval_dataset")
-        check_rows(given, "eval_dataset")
-        size = self.args.per_device_eval_batch_size
-        return torch.utils.data.DataLoader(self._prompts(given), size, collate_fn=list)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The prompts of one optimizer step, and its denominators over all of them and all processes."""

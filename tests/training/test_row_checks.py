@@ -6,17 +6,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Array2D, Dataset, DatasetDict, List, Value
 from tokenizer_cases import llama2_tokenizer, metaspace_tokenizer
 from torch.utils.data import DataLoader
 from training_cases import small_llama
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from clha import ClhaConfig, ClhaTrainer
+from clha.chat import Chat
 from clha.errors import UserError
 from clha.tiny_model import tiny_tokenizer
 from clha.training.datasets import as_ranked_prompts
 from clha.training.limits import Limits, limits_of
+from clha.training.pairs import Conversation, PlainText
 from clha.training.row_checks import look_at_preferences
 
 PAIR = {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}
@@ -82,6 +84,39 @@ def test_text_cannot_spell_tokens_of_the_template_that_are_not_special_either():
     assert tokenizer.decode(ids, skip_special_tokens=True) == "a [INST] bc [/INST]"
 
 
+def test_text_full_of_such_tokens_is_read_in_order_and_in_a_moment():
+    tokenizer = metaspace_tokenizer()
+    row = {"prompt": "a [INST] b" * 3 + "[INST[INST]]", "chosen": "c [/INST]" * 2000, "rejected": "d"}
+    start = time.process_time()
+    item = as_ranked_prompts(Dataset.from_list([row]), tokenizer)[0]
+    assert time.process_time() - start < 20
+    ids = [*item.prompt.tolist(), *item.responses[0].tolist()]
+    assert not set(tokenizer.convert_tokens_to_ids(["[INST]", "[/INST]"])) & set(ids)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == row["prompt"] + row["chosen"]
+
+
+def test_trusted_text_is_not_searched_for_control_tokens():
+    def rows() -> Any:
+        raise AssertionError("a row was read")
+        yield
+
+    assert PlainText(tiny_tokenizer(), control_tokens=True).told(rows()) is None
+
+
+def test_a_chat_is_kept_for_the_arguments_of_rows_that_come_again(monkeypatch: pytest.MonkeyPatch):
+    made: list[Any] = []
+    with_arguments = Chat.with_arguments
+    monkeypatch.setattr(Chat, "with_arguments", lambda self, own: made.append(own) or with_arguments(self, own))
+    chats = Conversation(tiny_tokenizer())
+    for i in [0, 1, 2] * 3:
+        chats.encode(TALK | {"tools": [{"name": f"tool{i}"}]})
+    assert len(made) == 3
+    for i in range(100):
+        chats.encode(TALK | {"tools": [{"name": f"other{i}"}]})
+    chats.encode(TALK | {"tools": [{"name": "other99"}]})
+    assert len(made) == 103 and len(chats._own) == 64
+
+
 # Lengths and token ids.
 
 
@@ -100,6 +135,12 @@ def test_a_row_that_the_model_cannot_take_is_told_before_the_first_step(tmp_path
         strange = ROW | {at: [[7], [300]] if at == "response_token_ids" else [300]}
         with pytest.raises(UserError, match=r"^dataset: row 1: has token id 300, .* ends at 299; .*tokenizer"):
             make(tmp_path, [ROW, strange], gpt2())
+
+
+def test_a_max_length_beyond_the_models_positions_is_refused_when_the_trainer_is_made(tmp_path: Path):
+    with pytest.raises(UserError, match=r"^max_length=65: the model takes 64 tokens; set no more than that$"):
+        make(tmp_path, [ROW], gpt2(), max_length=65)
+    assert len(make(tmp_path, [ROW], gpt2(), max_length=64).train_dataset) == 1
 
 
 def test_text_that_is_too_long_or_of_another_tokenizer_is_told_when_it_is_read(tmp_path: Path):
@@ -143,6 +184,17 @@ def test_max_length_drops_the_oldest_turns_of_messages_and_the_end_of_long_respo
     assert len(item.prompt) + len(item.responses[0]) == 150
     ranked = as_ranked_prompts(Dataset.from_list([ROW | {"prompt_token_ids": list(range(9))}]), None, max_length=5)[0]
     assert ranked.prompt.tolist() == [6, 7, 8] and [r.tolist() for r in ranked.responses] == [[7], [8, 9]]
+
+
+@pytest.mark.parametrize("make_tokenizer", [tiny_tokenizer, llama2_tokenizer])
+def test_a_last_turn_that_is_too_long_alone_loses_its_beginning_behind_bos(make_tokenizer: Any):
+    tokenizer = make_tokenizer()
+    row = TALK | {"prompt": [*ASKED, *said("z"), {"role": "user", "content": "x" * 300 + "end?"}]}
+    item = as_ranked_prompts(Dataset.from_list([row]), tokenizer, max_length=60)[0]
+    asked = tokenizer.apply_chat_template(row["prompt"][-1:], add_generation_prompt=True, return_dict=False)
+    size = 60 - max(map(len, item.responses))
+    assert item.prompt.tolist() == [tokenizer.bos_token_id, *asked[1 - size :]]
+    assert tokenizer.decode(item.responses[0], skip_special_tokens=True).strip() == "It scatters."
 
 
 # Rows.
@@ -211,6 +263,36 @@ def test_what_is_seen_of_rows_does_not_depend_on_their_format():
     assert as_ranked_prompts(data.select([2, 0]), None).max_candidates == 2
 
 
+WEIGHTS: dict[str, Any] = {
+    "lists": List(List(Value("float32"))),
+    "lists of a fixed size": List(List(Value("float32"), length=2), length=2),
+    "Array2D": Array2D((2, 2), "float32"),
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_pair_weights_of_a_fixed_size_are_looked_at_like_others(kind: str):
+    def rows(*weights: Any) -> Dataset:
+        data = Dataset.from_list([ROW] * len(weights))
+        return data.add_column("pair_weights", list(weights), feature=WEIGHTS[kind])
+
+    good, bad, none = [[0.0, 1.0], [0.0, 0.0]], [[0.0, -1.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]
+    found = look_at_preferences(rows(good, good, bad), Limits(), None)
+    assert found is not None and found.doubtful == [2] and found.weighed
+    with pytest.raises(UserError, match="row 2: pair_weights hold a number below 0"):
+        as_ranked_prompts(rows(good, good, bad), None)
+    assert as_ranked_prompts(rows(none), None).notes == ["dataset: no pair counts: pair_weights are all 0"]
+
+
+def test_weights_of_a_kind_that_cannot_be_looked_at_are_told_of_when_their_row_is_read():
+    rows = Dataset.from_list([ROW | {"pair_weights": None}] + [ROW | {"pair_weights": "0 1 0 0"}] * 2)
+    found = look_at_preferences(rows, Limits(), None)
+    assert found is not None and found.doubtful == []
+    prompts = as_ranked_prompts(rows, None)
+    with pytest.raises(UserError, match="row 1: pair_weights is no array of numbers"):
+        prompts[1]
+
+
 # Kinds of datasets.
 
 
@@ -265,7 +347,9 @@ def test_a_dataset_without_a_pair_that_counts_is_told(tmp_path: Path):
     (told,) = make(tmp_path, narrow, evaluation=Dataset.from_list(narrow)).notes
     assert "no pair counts: rewards of a row are at most 0.7 apart" in told and "set reward_gap" in told
     assert make(tmp_path, narrow, reward_gap=0.5).notes == []
-    assert make(tmp_path, narrow, loss="sft").notes == []
+    for loss in ("sft", "rrhf", "pro"):  # they do not read the weights of pairs
+        assert make(tmp_path, narrow, loss=loss).notes == []
+    assert len(make(tmp_path, narrow, loss="dpo").notes) == 1
     single = [{"prompt_token_ids": [5], "response_token_ids": [[7]], "rewards": [9.0]}]
     assert make(tmp_path, single).notes == [
         "dataset: no pair counts: every row has one response, which only the SFT part learns from"

@@ -14,12 +14,14 @@ from datasets import Dataset
 from huggingface_hub import HfApi, ModelCard, RepoUrl
 from huggingface_hub.utils import filter_repo_objects
 from training_cases import Prompts, config, small_llama, trainer, weights
-from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM, GenerationConfig
 
 from clha import ClhaConfig, ClhaTrainer
 from clha.errors import TransientFailure, UserError
+from clha.tiny_model import tiny_tokenizer
 from clha.training import checkpoints
 from clha.training.checkpoints import is_complete, last_checkpoint, mark_complete
+from clha.training.export import save_model
 from clha.training.metrics import metric_rows
 
 STEPS = {"save_strategy": "steps", "save_steps": 2}
@@ -78,6 +80,58 @@ def on_pairs(tiny_model: Path, folder: Path, **settings: Any) -> ClhaTrainer:
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(tiny_model),
     )
+
+
+def stops(folder: Path) -> int | list[int]:
+    return GenerationConfig.from_pretrained(folder).eos_token_id
+
+
+def base_model(tiny_model: Path) -> tuple[Any, Any]:
+    """A model whose EOS is a token that its chat template, ChatML, never writes."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="float32")
+    model.resize_token_embeddings(len(tokenizer))
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return model, tokenizer
+
+
+SAID = {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+
+
+@pytest.mark.parametrize("messages", [True, False])
+def test_generation_with_a_saved_model_stops_where_the_responses_that_it_learned_end(
+    messages: bool, tiny_model: Path, tmp_path: Path, hub: Hub
+):
+    model, tokenizer = base_model(tiny_model)
+    row = {"prompt": [{"role": "user", "content": "a"}]} | SAID if messages else {"chosen": "a b", "rejected": "a c"}
+    made = ClhaTrainer(
+        model, config(tmp_path, **STEPS), train_dataset=Dataset.from_list([row] * 8), processing_class=tokenizer
+    )
+    made.train()
+    made.save_model(str(tmp_path / "saved"))
+    made.push_to_hub()
+    eos, end = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    for folder in (tmp_path / "saved", tmp_path / "checkpoint-4", hub.uploads[0]["folder"]):
+        assert stops(folder) == ([eos, end] if messages else eos)
+
+
+def test_an_exported_model_stops_at_the_end_of_a_turn_and_is_left_alone_where_it_does(tiny_model: Path, tmp_path: Path):
+    model, tokenizer = base_model(tiny_model)
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, 7]
+    for _ in range(2):
+        save_model(model, tokenizer, tmp_path / "base", dtype="float32", card="")
+        assert stops(tmp_path / "base") == [tokenizer.eos_token_id, 7, 1]
+    model.generation_config.eos_token_id = None
+    save_model(model, tokenizer, tmp_path / "base", dtype="float32", card="")
+    assert stops(tmp_path / "base") == 1
+    for known in (1, [1, 7]):
+        model = AutoModelForCausalLM.from_pretrained(tiny_model)
+        model.generation_config.eos_token_id = known
+        model.save_pretrained(tmp_path / "plain")
+        save_model(model, tiny_tokenizer(), tmp_path / "exported", dtype="float32", card="")
+        name = "generation_config.json"
+        assert (tmp_path / "exported" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
 
 
 MODEL = {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"}

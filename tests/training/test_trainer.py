@@ -12,6 +12,7 @@ import torch
 from training_cases import Prompts, config, distance, small_llama, trainer, weights
 
 from clha.errors import UserError
+from clha.tiny_model import tiny_tokenizer
 from clha.training import policy
 from clha.training.batches import RankedPrompt, pack
 from clha.training.export import metrics_table
@@ -385,12 +386,6 @@ def test_a_lora_adapter_trains_alone_and_is_saved_or_merged(tmp_path: Path):
 
     from clha.training.export import save_model
 
-    class Tokenizer:
-        pad_token_id = 0
-
-        def save_pretrained(self, folder):
-            pass
-
     for merge in (False, True):
         model = small_llama()
         before = weights(model)
@@ -403,7 +398,7 @@ def test_a_lora_adapter_trains_alone_and_is_saved_or_merged(tmp_path: Path):
         trained_model.eval()
         want = trained_model(input_ids=ids).logits
         folder = tmp_path / f"merged-{merge}"
-        save_model(trained_model, Tokenizer(), folder, dtype="float32", card="card", merge_adapter=merge)
+        save_model(trained_model, tiny_tokenizer(), folder, dtype="float32", card="card", merge_adapter=merge)
         if merge:
             loaded = type(model).from_pretrained(folder)
         else:

@@ -124,6 +124,9 @@ def test_tools_and_arguments_of_the_template_reach_it_as_in_trl(as_json: bool, t
     ("more", "message"),
     [
         ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs has tokenize"),
+        ({"chat_template_kwargs": {"truncation": True}}, "chat_template_kwargs has truncation"),
+        ({"chat_template_kwargs": {"conversation": []}}, "chat_template_kwargs has conversation"),
+        ({"chat_template_kwargs": {"messages": ["a"]}}, "chat_template_kwargs has messages"),
         ({"tools": "add"}, "tools is text that is no JSON"),
         ({"tools": [{"name": "<|im_end|>"}]}, "an argument of the chat template spells a control token"),
     ],

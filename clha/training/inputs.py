@@ -1,5 +1,6 @@
 """What a trainer is given, made ready: settings, a tokenizer, a model, perhaps with a new adapter."""
 
+import logging
 import os
 from typing import Any
 
@@ -10,8 +11,10 @@ from clha.loading import load_policy
 from clha.training import policy
 from clha.training.arguments import ClhaConfig
 
+_LOG = logging.getLogger(__name__)
 
-def settings(args: Any) -> ClhaConfig:
+
+def checked_settings(args: Any) -> ClhaConfig:
     """`args`, or the defaults where there are none. Raises UserError for those of another trainer."""
     if args is None:
         return ClhaConfig()
@@ -23,7 +26,7 @@ def settings(args: Any) -> ClhaConfig:
     return args
 
 
-def loaded(model: Any, processing_class: Any) -> tuple[Any, Any]:
+def load_given(model: Any, processing_class: Any) -> tuple[Any, Any]:
     """The model, and its tokenizer where none is given: loaded, in float32, where `model` is a name or a folder."""
     if not isinstance(model, str | os.PathLike):
         return model, processing_class
@@ -31,8 +34,10 @@ def loaded(model: Any, processing_class: Any) -> tuple[Any, Any]:
     if processing_class is None:
         try:
             processing_class = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        except (OSError, ValueError, KeyError):
-            processing_class = None  # it has none that can be read: token ids need none, and text says so
+        except (OSError, ValueError, KeyError) as error:
+            # Token ids need none, and text says that it does.
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            _LOG.warning("%s: has no tokenizer that can be read (%s)", name, reason)
     return load_policy(name), processing_class
 
 
@@ -46,7 +51,7 @@ def tokenizer_of(processing_class: Any) -> Any:
     return tokenizer
 
 
-def with_adapter(model: Any, peft_config: Any, seed: int) -> Any:
+def with_new_adapter(model: Any, peft_config: Any, seed: int) -> Any:
     """The model, with a new adapter where there is a `peft_config`; it begins at random, by `seed`.
 
     Raises UserError where the model is no causal language model, or the adapter is of a kind that cannot be trained.

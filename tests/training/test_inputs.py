@@ -47,11 +47,15 @@ def test_a_model_given_by_its_name_or_folder_brings_its_tokenizer(tiny_model: Pa
     assert (tmp_path / "saved" / "tokenizer.json").is_file()
 
 
-def test_token_ids_need_no_tokenizer(tmp_path: Path):
+def test_token_ids_need_no_tokenizer_and_a_line_says_why_there_is_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     small_llama().save_pretrained(tmp_path / "model")
     made = ClhaTrainer(tmp_path / "model", config(tmp_path, max_steps=1), train_dataset=Prompts(8))
     made.train()
     assert made.processing_class is None
+    (told,) = [record.getMessage() for record in caplog.records if record.name == "clha.training.inputs"]
+    assert told.startswith(f"{tmp_path / 'model'}: has no tokenizer that can be read (") and "\n" not in told
 
 
 def test_a_processor_is_as_good_as_the_tokenizer_that_it_has(tiny_model: Path, tmp_path: Path):
