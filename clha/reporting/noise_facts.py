@@ -58,7 +58,7 @@ def scale_is_known(nodes: Nodes) -> bool:
 
 def fitted_model(nodes: Nodes) -> Artifact | None:
     """The fitted reward model that the rewards are of: the run may have another one since, or none."""
-    used = nodes["score"].manifest["key_parts"].get("inputs", {}).get("fit_reward.train")
+    used = nodes["score"].manifest.get("key_parts", {}).get("inputs", {}).get("fit_reward.train")
     fitted = nodes.get("fit_reward.train")
     return fitted if fitted is not None and fitted.content == used else None
 

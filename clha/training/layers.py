@@ -1,9 +1,9 @@
-"""Layers of a model with fewer passes over memory, and on the CPU less kept for backward.
+"""Layers of a model on the CPU, with fewer passes over memory and less kept for backward.
 
 PyTorch computes RMSNorm and SwiGLU as half a dozen operations each, every one of which reads and writes whole tensors
 and keeps what it read. Here they work in place where they can, and backward starts from the inputs alone. Inside
 `adding_in_place`, gradients of weights are added to those of earlier micro-batches by the matrix product itself. For
-float32 on the CPU; everything else goes the model's own way, or is compiled where that is asked for (`compile_blocks`).
+float32 on the CPU; everything else goes the model's own way.
 """
 
 import contextlib
@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from clha.errors import UserError
 
 _MARK = "_clha_fused"
 _in_place = False
@@ -39,47 +37,13 @@ def fuse(model: torch.nn.Module, accumulate: bool = False) -> None:
         if forward is None and accumulate:
             forward = _matrix_forward(module)
         if forward is not None:
-            setattr(module, _MARK, True)
-            module.forward = types.MethodType(forward, module)
+            replace_forward(module, forward)
 
 
-def compile_blocks(model: torch.nn.Module) -> None:
-    """Let the blocks of `model` be compiled by `torch.compile`, all by one program. Undo with `unfuse`.
-
-    Around attention: that is called between two compiled parts. What wraps blocks (checkpoints, hooks of sharding)
-    stays outside. Rows may have any length. Raises UserError where the model has no blocks that are known as such.
-    """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    # Kinds of layers, precisions, with gradients and without: more than the eight programs of PyTorch's own limit,
-    # beyond which it would go on uncompiled.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    blocks = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and "forward" not in vars(m)]
-    if not blocks:
-        raise UserError(
-            f"torch_compile: {type(model).__name__} has no blocks that are known here, or others have replaced their "
-            "forward (a device_map does); leave it out"
-        )
-    for block in blocks:
-        setattr(block, _MARK, True)
-        # A method, which a copy of the model binds to its own block.
-        block.forward = types.MethodType(torch.compile(type(block).forward, dynamic=True), block)
-
-
-def check_compiler(device: torch.device) -> None:
-    """Raises UserError where `torch.compile` cannot work on `device`: on a CPU it needs a C++ compiler."""
-    if device.type != "cpu":
-        return
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        raise UserError(
-            "torch_compile: a CPU needs a C++ compiler for it and there is none; install g++ (or name one in CXX), "
-            "or leave torch_compile out"
-        ) from None
+def replace_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> None:
+    """Let `forward` compute the module, until `unfuse`; a method, which a copy of the model binds to its own module."""
+    setattr(module, _MARK, True)
+    module.forward = types.MethodType(forward, module)
 
 
 def unfuse(model: torch.nn.Module) -> None:

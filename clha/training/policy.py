@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from clha.errors import UserError
-from clha.training import attention, layers
+from clha.training import attention, compiling, layers
 from clha.training.batches import MicroBatch, RankedPrompt, pack, pad
 from clha.training.logprobs import LOGITS_BYTES, token_logprobs
 
@@ -54,7 +54,7 @@ def attach(
         share_prompts: False to lay every response out with its prompt.
         logits_bytes: see `clha.training.logprobs`.
         accumulate: see `clha.training.layers.fuse`.
-        compiled: see `clha.training.layers.compile_blocks`; in place of this project's own layers.
+        compiled: see `clha.training.compiling.compile_blocks`; in place of this project's own layers.
     """
     causal = causal_model(model)
     detach(model)
@@ -71,7 +71,7 @@ def attach(
     if compiled:
         layers.unfuse(causal)  # what was replaced would be in the compiler's way
         try:
-            layers.compile_blocks(causal)
+            compiling.compile_blocks(causal)
         except UserError:
             detach(model)
             raise

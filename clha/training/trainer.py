@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.trainer_utils import EvalLoopOutput
 
 from clha.errors import UserError
-from clha.training import checks, layers, policy
+from clha.training import checks, compiling, layers, policy
 from clha.training.arguments import ClhaConfig, refuse_unused
 from clha.training.batches import Layout, MicroBatch, RankedPrompt
 from clha.training.datasets import check_given
@@ -64,7 +64,7 @@ class ClhaTrainer(PromptedTrainer):
         )
         self._alone = args.world_size == 1
         if args.torch_compile:
-            layers.check_compiler(args.device)
+            compiling.check_compiler(args.device)
         self.abilities = policy.attach(
             model, args.share_prompts, args.logits_megabytes << 20, self._alone, args.torch_compile
         )

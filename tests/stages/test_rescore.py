@@ -141,7 +141,7 @@ def test_a_reward_model_that_cannot_be_loaded_stops_all_processes_with_its_reaso
     prompts, candidates = some_candidates(7, 3)
     reward = {"type": "sequence_classification", "model": str(tiny_model)}
     work = score_work(home, tiny_model, fitted, prompts, candidates, processes=2, reward=reward, sft_threshold=0.0)
-    with pytest.raises(UserError, match="outputs, a reward model has one"):
+    with pytest.raises(UserError, match="has no score.weight"):
         rescore.build(work)
     assert not list(work.writer.folder.glob("rewards-*.parquet"))
 

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from clha.errors import UserError
-from clha.training import attention, attention_cuda, layers, policy
+from clha.training import attention, attention_cuda, compiling, policy
 from clha.training.batches import MicroBatch, RankedPrompt, Segments, pack, pad
 from clha.training.logprobs import sum_by_response
 
@@ -402,7 +402,7 @@ def test_a_model_without_known_blocks_is_not_compiled_and_says_so():
     model = make(SHARING["llama"])
     model.model.layers = torch.nn.ModuleList()
     with pytest.raises(UserError, match="torch_compile: LlamaForCausalLM has no blocks that are known here"):
-        layers.compile_blocks(model)
+        compiling.compile_blocks(model)
 
 
 # -- on a CUDA device --------------------------------------------------------------------------------------------
