@@ -21,7 +21,7 @@ help:  ## what there is
 demo: env  ## set up and run the whole chain on the sample data
 	$(BIN)/clha run
 
-test: check  ## set up, lint, types and the tests (ten to twenty minutes)
+test: check  ## set up, lint, types and the tests (fifteen to twenty-five minutes)
 
 test-all: check  ## the slow tests too (about half an hour)
 	$(TESTS) -m slow
