@@ -14,8 +14,6 @@ from typer import Option
 
 if TYPE_CHECKING:
     from clha.store import Home
-    from flows.launch import Job
-    from flows.terminal import Terminal
 
 app = typer.Typer(
     add_completion=False,
@@ -73,7 +71,7 @@ def run(
 ) -> None:
     """Run the chain: build what is missing or stale, reuse the rest, end with a report."""
     from clha.stages.report import report_is_fresh
-    from flows import launch
+    from flows import launch, running
     from flows.terminal import open_terminal
 
     began = time.monotonic()
@@ -92,54 +90,11 @@ def run(
             terminal.say(f"run {job.name}: nothing to do, {_count(len(planned), 'node')} up to date")
         else:
             launch.begin(job)
-            (_run_with_prefect if prefect else _run_without_prefect)(job, terminal)
-        _conclude(job, terminal, time.monotonic() - began)
+            (running.with_prefect if prefect else running.without_prefect)(job, terminal)
+        running.conclude(job, terminal, time.monotonic() - began, f"clha ui{_home_option(job.home)}")
 
 
 _FOREVER = 1e9
-
-
-def _run_with_prefect(job: "Job", terminal: "Terminal") -> None:
-    from flows import server, watched
-
-    try:
-        with watched.prefect_for(job.home, f"run {job.name}", terminal.say) as found:
-            from flows.pipeline import run_pipeline
-
-            with terminal:
-                run_pipeline(job, found, terminal.listen)
-    except server.ServerLost as lost:
-        terminal.say(f"{lost}; the run goes on without it")
-        _run_without_prefect(job, terminal)
-
-
-def _run_without_prefect(job: "Job", terminal: "Terminal") -> None:
-    from clha.runs import existing_run
-    from clha.stages.report import report_is_fresh
-    from flows import launch
-
-    with terminal:
-        launch.run_stages(job, terminal.listen)
-        if launch.wants_report(job) and not report_is_fresh(job.home, existing_run(job.home, job.name)):
-            launch.build_report(job.home, job.name, job.settings, terminal.listen)
-
-
-def _conclude(job: "Job", terminal: "Terminal", seconds: float) -> None:
-    from clha.reporting.freshness import report_path
-    from clha.runs import existing_run
-    from flows import launch
-
-    state = existing_run(job.home, job.name)
-    metrics = launch.metrics_of(job.home, state)
-    if launch.wants_report(job):
-        if metrics is not None:
-            figures, sentence = launch.outcome(metrics)
-            terminal.say(f"verdict: {sentence}")
-            terminal.say(f"         {figures}")
-        terminal.say(f"report:  {report_path(job.home, job.name)}")
-        terminal.say(f"UI:      clha ui{_home_option(job.home)}")
-    minutes, rest = divmod(round(seconds, 1), 60)
-    terminal.say(f"time:    {f'{minutes:.0f} min ' if minutes else ''}{rest:.1f} s")
 
 
 def _home_option(home: "Home") -> str:

@@ -19,6 +19,7 @@ from clha.errors import UserError
 from clha.training import attention, compiling, layers
 from clha.training.batches import MicroBatch, RankedPrompt, pack, pad
 from clha.training.logprobs import LOGITS_BYTES, token_logprobs
+from clha.windows import layer_windows
 
 # Largest difference of a response's summed log-probability from the model's own, where both are computed in float32 or
 # float64, and where that cannot be, as with quantised weights.
@@ -335,10 +336,7 @@ def _difference(causal: Any, batch: MicroBatch, got: Tensor, want: Tensor, toler
     windows = batch.segments.cache.get("windows")
     if not windows:
         return "its layers do not pass on where responses lie"
-    config = causal.config.get_text_config()
-    kinds = getattr(config, "layer_types", None)
-    slides = "sliding_attention" in kinds if kinds else getattr(config, "sliding_window", None) is not None
-    if slides and getattr(config, "use_sliding_window", True) and windows == {None}:
+    if windows == {None} and set(layer_windows(causal.config.get_text_config())) != {None}:
         return "its attention does not say how wide its window is"
     if not _near(got, want, tolerance):
         return f"log-probabilities differ by {float((got - want).abs().max()):.2g}"
