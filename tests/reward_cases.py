@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from clha.digests import digest_of, prompt_id
 from clha.progress import Event, Progress
-from clha.schema import CANDIDATES, PROMPTS, SPLITS
+from clha.schema import CANDIDATES, PROMPTS, REWARDS, SPLITS
 from clha.settings import Settings
+from clha.stages import rescore
 from clha.stages.chain import nodes
 from clha.stages.work import Work
 from clha.store import Artifact, ArtifactWriter, Home
@@ -164,3 +166,38 @@ def node_work(
     return Work(
         home, "test", node, settings, parts, inputs, models or {}, ArtifactWriter(home, planned.kind, key), progress
     )
+
+
+def weigh(
+    home: Home,
+    rewards: dict[str, list[float]],
+    *,
+    origins: dict[str, list[str]] | None = None,
+    unscored: list[str] | None = None,
+    inputs: dict[str, Artifact] | None = None,
+    **changes: Any,
+) -> Artifact:
+    """Weigh candidates with these rewards; prompts without any are `unscored`."""
+    candidates, rows = [], []
+    for prompt in [*rewards, *(unscored or [])]:
+        for i, reward in enumerate(rewards.get(prompt, [0.0])):
+            origin = (origins or {}).get(prompt, ["generated"] * 9)[i]
+            candidates.append(candidate_row({"prompt_id": prompt}, i, f"text {i}", origin))
+            if prompt in rewards:
+                row = {"prompt_id": prompt, "candidate_id": i, "reward": reward, "member_rewards": [reward]}
+                rows.append(row | {"truncated": False})
+    artifacts = {
+        "generate": write_artifact(home, "generate", {"candidates": (candidates, CANDIDATES)}),
+        "score": write_artifact(home, "score", {"rewards": (rows, REWARDS)}),
+    }
+    return rescore.build(node_work(home, settings(rescore=changes), "weigh", artifacts | (inputs or {})))
+
+
+def given_file(folder: Path, rows: list[dict[str, Any]] | pa.Table) -> str:
+    path = folder / "weights.parquet"
+    pq.write_table(pa.Table.from_pylist(rows) if isinstance(rows, list) else rows, path)
+    return str(path)
+
+
+def given_row(**changes: Any) -> dict[str, Any]:
+    return {"prompt_id": "a", "better": 0, "worse": 1, "weight": 1.0} | changes

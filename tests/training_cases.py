@@ -117,3 +117,7 @@ def timeless(rows: list[dict]) -> list[dict]:
         {k: v for k, v in r.items() if not k.startswith("perf/") and not k.endswith(("_second", "_runtime"))}
         for r in rows
     ]
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
