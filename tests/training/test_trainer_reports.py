@@ -1,8 +1,9 @@
 """What the trainer reports of its steps and evaluations, and which weights it keeps."""
 
+import itertools
 import math
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,17 +48,22 @@ def test_tokens_are_counted_whatever_is_logged(tmp_path: Path, monkeypatch: pyte
 
 
 def test_what_is_measured_once_is_no_part_of_a_steps_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The device's peak takes two seconds here; steps of this model take a fraction of one."""
+    """The device's peak takes 100 seconds of a clock on which each look at it takes one."""
+    now = itertools.count(1)
+    clock = {"extra": 0.0}
 
     def slow_peak(*_: object) -> float:
-        time.sleep(2)
+        clock["extra"] += 100.0
         return 1e9
 
+    looked = SimpleNamespace(perf_counter=lambda: next(now) + clock["extra"])
+    monkeypatch.setattr("clha.training.metrics.time", looked)
     monkeypatch.setattr("clha.training.trainer.peak_flops", slow_peak)
     made = trainer(tmp_path, max_steps=1)
     made.train()
     (row,) = metric_rows(made.state.log_history)
-    assert row["num_tokens"] / row["perf/tokens_per_second"] < 2
+    assert clock["extra"] == 100.0
+    assert 0 < row["num_tokens"] / row["perf/tokens_per_second"] < 100
 
 
 def test_an_evaluation_reads_every_prompt_once(tmp_path: Path):
