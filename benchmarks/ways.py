@@ -149,12 +149,18 @@ def ours(args: argparse.Namespace) -> tuple[Callable[[], float], dict[str, float
     return with_optimizer(model, backward), work
 
 
-class RankedPrompts(list[Any]):
+class RankedPrompts:
     """Ranked prompts as a dataset."""
 
     def __init__(self, prompts: list[Any], n: int) -> None:
-        super().__init__(prompts)
+        self._prompts = prompts
         self.max_candidates = n
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._prompts[index]
 
 
 def reference(args: argparse.Namespace) -> tuple[Callable[[], float], dict[str, float]]:

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from clha.errors import StageFailure
+from clha.padding import row_width
 from clha.progress import Progress
 
 # A batch ends where a row would be shorter than this share of its longest one: at most a quarter of it is padding.
@@ -100,10 +101,10 @@ def run_batches(
 
 def padded(sequences: Sequence[Sequence[int]], fill: int, device: torch.device, *, left: bool = False) -> torch.Tensor:
     """[B, T] on `device`, filled up on the right, or on the left."""
-    longest = max(len(s) for s in sequences)
-    out = torch.full((len(sequences), longest), fill, dtype=torch.long)
+    width = row_width(max(len(s) for s in sequences), device)
+    out = torch.full((len(sequences), width), fill, dtype=torch.long)
     for k, sequence in enumerate(sequences):
-        start = longest - len(sequence) if left else 0
+        start = width - len(sequence) if left else 0
         out[k, start : start + len(sequence)] = torch.tensor(sequence, dtype=torch.long)
     return out.to(device)
 

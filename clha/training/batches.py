@@ -13,6 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clha.padding import row_width
+
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class RankedPrompt:
@@ -160,14 +164,14 @@ def pack(prompts: Sequence[RankedPrompt], multiple_of: int = 1, pad_token_id: in
     return _micro_batch(prompts, n, ids[None], positions[None], None, Segments(padded, groups), targets)
 
 
-def pad(prompts: Sequence[RankedPrompt], pad_token_id: int = 0) -> MicroBatch:
-    """Lay out each prompt with each response in a row of its own, padded on the right.
+def pad(prompts: Sequence[RankedPrompt], device: torch.device = _CPU, pad_token_id: int = 0) -> MicroBatch:
+    """Lay out each prompt with each response in a row of its own, padded on the right, and put it on `device`.
 
     Raises ValueError where a prompt or a response is empty.
     """
     _require_tokens(prompts)
     n = max(len(p) for p in prompts)
-    width = max(p.longest for p in prompts)
+    width = row_width(max(p.longest for p in prompts), device)
     rows = sum(len(p) for p in prompts)
     ids = np.full((rows, width), pad_token_id, dtype=np.int64)
     mask = np.zeros((rows, width), dtype=np.int64)
@@ -180,7 +184,7 @@ def pad(prompts: Sequence[RankedPrompt], pad_token_id: int = 0) -> MicroBatch:
             targets.add(np.arange(start - 1, stop) + row * width, response, b, k, prompt, 0)
             row += 1
     positions = np.broadcast_to(np.arange(width), (rows, width)).copy()
-    return _micro_batch(prompts, n, ids, positions, torch.from_numpy(mask), None, targets)
+    return _micro_batch(prompts, n, ids, positions, torch.from_numpy(mask), None, targets).to(device)
 
 
 def _require_tokens(prompts: Sequence[RankedPrompt]) -> None:
@@ -224,7 +228,7 @@ class Layout:
     def batch(self, prompts: Sequence[RankedPrompt]) -> MicroBatch:
         """One micro-batch on the device."""
         if not self.packed:
-            return pad(prompts, self.pad_token_id).to(self.device)
+            return pad(prompts, self.device, self.pad_token_id)
         # FlexAttention works in blocks of 128, and fewer lengths mean fewer compilations.
         multiple = 128 if self.device.type == "cuda" else 1
         return pack(prompts, multiple, self.pad_token_id).to(self.device)

@@ -191,7 +191,7 @@ def _find_out(causal: Any, share_prompts: bool, reference_attention: str, accumu
     raised = _in_float32(causal)
     try:
         causal.set_attn_implementation(reference_attention)
-        padded = pad(prompts).to(device)
+        padded = pad(prompts, device)
         _refuse_other_kinds(causal, padded)
         try:
             want = _trial(causal, padded, False)
