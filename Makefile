@@ -23,7 +23,7 @@ demo: env  ## set up and run the whole chain on the sample data
 
 test: check  ## set up, lint, types and the tests (fifteen to twenty-five minutes)
 
-test-all: check  ## the slow tests too (about half an hour)
+test-all: check  ## the slow tests too (half an hour more)
 	$(TESTS) -m slow
 
 check: env lint types

@@ -1,6 +1,7 @@
 """The command line `clha`. Prefect and all that is heavy is imported inside the commands that need it."""
 
 import os
+import shlex
 import signal
 import sys
 import time
@@ -80,6 +81,8 @@ def run(
     terminal = open_terminal()
     launch.announce_making(job.home, launch.model_references(job.settings), terminal.say)
     with launch.locked(job.home, job.name, _FOREVER if wait else 0):
+        if wait:
+            job = launch.accept(request)  # who was waited for may have changed the settings that are taken from the run
         planned = launch.plan(job)
         fresh = not force and all(entry.state == "fresh" for entry in planned)
         if fresh:
@@ -89,7 +92,6 @@ def run(
                     launch.build_report(job.home, job.name, job.settings, terminal.listen)
             terminal.say(f"run {job.name}: nothing to do, {_count(len(planned), 'node')} up to date")
         else:
-            launch.begin(job)
             (running.with_prefect if prefect else running.without_prefect)(job, terminal)
         running.conclude(job, terminal, time.monotonic() - began, f"clha ui{_home_option(job.home)}")
 
@@ -100,7 +102,7 @@ _FOREVER = 1e9
 def _home_option(home: "Home") -> str:
     """What must be added to a command so that it finds this home from the current folder."""
     default = os.environ.get("CLHA_HOME") or HOME
-    return "" if Path(default).resolve() == home.root else f" --home {home.root}"
+    return "" if Path(default).resolve() == home.root else f" --home {shlex.quote(str(home.root))}"
 
 
 def _count(number: int, what: str) -> str:
@@ -186,7 +188,7 @@ def noise_study(
         with terminal:
             results = study.conduct(place, name, overrides, terminal.listen)
     if json:
-        typer.echo(study.result_path(place, name).read_text())
+        typer.echo(study.as_json(results))
         return
     for grid in study.study_grids(results):
         terminal.table(grid)
@@ -338,9 +340,6 @@ def main() -> int:
         return _say_error(_INTERRUPTED, 130)
     except Terminated:
         return _say_error(_INTERRUPTED, 143)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:
         if not says_disk_full(error):
             raise

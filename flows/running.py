@@ -9,12 +9,13 @@ if TYPE_CHECKING:
 
 def with_prefect(job: "Job", terminal: "Terminal") -> None:
     """The chain as Prefect flows; where the server is lost, the run goes on without it."""
-    from flows import server, watched
+    from flows import launch, server, watched
 
     try:
         with watched.prefect_for(job.home, f"run {job.name}", terminal.say) as found:
             from flows.pipeline import run_pipeline
 
+            launch.begin(job)  # only now: a server that cannot be used leaves the run as it was
             with terminal:
                 run_pipeline(job, found, terminal.listen)
     except server.ServerLost as lost:
@@ -28,6 +29,7 @@ def without_prefect(job: "Job", terminal: "Terminal") -> None:
     from clha.stages.report import report_is_fresh
     from flows import launch
 
+    launch.begin(job)
     with terminal:
         launch.run_stages(job, terminal.listen)
         if launch.wants_report(job) and not report_is_fresh(job.home, existing_run(job.home, job.name)):

@@ -1,7 +1,8 @@
 """What `clha noise-study` does around the study, without Prefect: settings, the prepared data, the child process."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from clha.runs import Run, check_run_name, existing_run, load_run
 from clha.settings import Settings
 from clha.stages import runner
 from clha.stages.study_cells import count_cells
-from clha.store import Home
+from clha.store import Busy, Home
 from clha.study.tables import study_grids as study_grids
 from flows import launch
 from flows.show import chosen_run
@@ -65,32 +66,69 @@ def study_settings(run: Run, overrides: Sequence[str]) -> Settings:
     return settings
 
 
+_held: set[tuple[Path, str]] = set()  # studies that this process holds the lock of
+
+
+@contextmanager
+def locked(home: Home, name: str) -> Iterator[None]:
+    """The lock of a run's study, one of its own: the chain may go on beside it. Raises Busy naming the run.
+
+    A flow in the process of the command that holds it shares it.
+    """
+    mark = (home.root, check_run_name(name))
+    if mark in _held:
+        yield
+        return
+    try:
+        with home.lock(f"study-{name}"):
+            _held.add(mark)
+            try:
+                yield
+            finally:
+                _held.remove(mark)
+    except Busy as busy:
+        if f"study-{name} " not in str(busy):
+            raise
+        raise Busy(f"the noise study of run {name} is in progress in another process; wait for it") from None
+
+
 def conduct(home: Home, name: str, overrides: Sequence[str], listener: runner.Listener) -> dict[str, Any]:
     """Prepare the run's data where that is still to be done, and make the cells of the study that are missing.
 
     Returns the results, which lie in `result_path` too. Raises UserError or StageFailure, with one line.
     """
-    run = existing_run(home, name)
-    settings = study_settings(run, overrides)
-    if home.find("prepare", run.nodes.get("prepare", "")) is None:
-        with launch.locked(home, name):
-            runner.run_stage(home, run, launch.saved_settings(run), "prepare", listener)
-    listener(NAME, {"event": "node", "state": "started"})
-    sets = [word for override in overrides for word in ("--set", override)]
-    runner.run_module(
-        "clha.stages.noise_study",
-        ["--home", str(home.root), "--run", name, *sets],
-        name=NAME,
-        log=home.logs / name / f"{NAME}.log",
-        settings=settings,
-        minutes=settings.execution.timeout_minutes * count_cells(settings.noise_study),
-        listener=listener,
-    )
-    listener(NAME, {"event": "node", "state": "built"})
-    return results(home, name)
+    with locked(home, name):
+        run = existing_run(home, name)
+        settings = study_settings(run, overrides)
+        if home.find("prepare", run.nodes.get("prepare", "")) is None:
+            with launch.locked(home, name):
+                runner.run_stage(home, run, launch.saved_settings(run), "prepare", listener)
+        listener(NAME, {"event": "node", "state": "started"})
+        sets = [word for override in overrides for word in ("--set", override)]
+        runner.retried(
+            settings,
+            lambda: runner.run_module(
+                "clha.stages.noise_study",
+                ["--home", str(home.root), "--run", name, *sets],
+                name=NAME,
+                log=home.logs / name / f"{NAME}.log",
+                settings=settings,
+                minutes=settings.execution.timeout_minutes * count_cells(settings.noise_study),
+                listener=listener,
+            ),
+            NAME,
+            listener,
+        )
+        listener(NAME, {"event": "node", "state": "built"})
+        return results(home, name)
 
 
 def results(home: Home, name: str) -> dict[str, Any]:
     """What the last study of a run found."""
     body: dict[str, Any] = json.loads(result_path(home, name).read_text(encoding="utf-8"))
     return body
+
+
+def as_json(results: dict[str, Any]) -> str:
+    """Results as the text that `result_path` holds."""
+    return json.dumps(results, indent=1)

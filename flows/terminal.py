@@ -1,5 +1,6 @@
 """What the terminal shows of a run: a bar per node on a TTY, plain lines elsewhere, one line per finished node."""
 
+import os
 import sys
 import time
 from types import TracebackType
@@ -43,9 +44,12 @@ class Terminal:
         return None
 
     def say(self, text: str) -> None:
-        """Print one line that stays."""
-        self._stream.write(text + "\n")
-        self._stream.flush()
+        """Print one line that stays. Where nobody reads any more, the work goes on unheard."""
+        try:
+            self._stream.write(text + "\n")
+            self._stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
     def table(self, grid: "Grid") -> None:
         """Print a table that stays; as wide as it needs to be where nobody watches."""

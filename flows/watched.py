@@ -35,14 +35,15 @@ def _import_prefect(home: Home, found: server.Server) -> None:
 
 def study_with_prefect(home: Home, name: str, overrides: Sequence[str], terminal: Terminal) -> dict[str, Any]:
     """The noise study of a run as a Prefect flow; without one where its server goes away."""
-    try:
-        with prefect_for(home, f"noise study of run {name}", terminal.say) as found:
-            from flows.noise_study import run_study
+    with study.locked(home, name):
+        try:
+            with prefect_for(home, f"noise study of run {name}", terminal.say) as found:
+                from flows.noise_study import run_study
 
+                with terminal:
+                    run_study(home, name, list(overrides), found, terminal.listen)
+            return study.results(home, name)
+        except server.ServerLost as lost:
+            terminal.say(f"{lost}; the study goes on without it")
             with terminal:
-                run_study(home, name, list(overrides), found, terminal.listen)
-        return study.results(home, name)
-    except server.ServerLost as lost:
-        terminal.say(f"{lost}; the study goes on without it")
-        with terminal:
-            return study.conduct(home, name, overrides, terminal.listen)
+                return study.conduct(home, name, overrides, terminal.listen)

@@ -226,6 +226,7 @@ def _policy(
 
         from clha.chat import load_chat
         from clha.loading import load_policy
+        from clha.rewards.adapters import scoring_device
         from clha.study.detection import arm_weights, detect_by_length, flips
         from clha.study.policies import preference_margins, ranked_pair, train_policy
 
@@ -235,7 +236,7 @@ def _policy(
         usable = [(r, pair) for r, pair in tested if pair is not None]
         facts: dict[str, Any] = {}
         if untrained:
-            model = load_policy(study.given.policy)
+            model = load_policy(study.given.policy).to(scoring_device())
         else:
             p_right = judged.p_right if judged else None
             if name == "length":

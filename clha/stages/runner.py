@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from clha.errors import StageFailure, TransientFailure
 from clha.process import python_module, run_child
@@ -14,6 +14,8 @@ from clha.runs import Run, save_run
 from clha.settings import Settings
 from clha.stages import chain
 from clha.store import Artifact, Home
+
+T = TypeVar("T")
 
 # on_event(node name, event): the events of clha.progress, and {"event": "node", "state": ...} from here.
 Listener = Callable[[str, Event], None]
@@ -52,7 +54,12 @@ def build(home: Home, run: Run, settings: Settings, node: chain.Node, listener: 
     run.note("started", node=node.name, key=planned.key)
     save_run(home, run)
     listener(node.name, {"event": "node", "state": "started", "key": planned.key})
-    artifact = _build_with_retries(home, run, settings, planned, listener)
+
+    def note(failure: TransientFailure) -> None:
+        run.note("retried", node=node.name, reason=str(failure))
+        save_run(home, run)
+
+    artifact = retried(settings, lambda: _build_once(home, run, settings, planned, listener), node.name, listener, note)
     run.note("built", node=node.name, key=planned.key, seconds=artifact.manifest["seconds"])
     save_run(home, run)
     listener(node.name, {"event": "node", "state": "built", "key": planned.key, "manifest": artifact.manifest})
@@ -66,22 +73,24 @@ def _recorded(home: Home, run: Run, settings: Settings, name: str) -> Artifact:
     return artifact
 
 
-def _build_with_retries(
-    home: Home, run: Run, settings: Settings, planned: chain.Planned, listener: Listener
-) -> Artifact:
+def retried(
+    settings: Settings,
+    work: Callable[[], T],
+    name: str,
+    listener: Listener,
+    note: Callable[[TransientFailure], None] = lambda failure: None,
+) -> T:
+    """What `work` returns; it is tried again after a TransientFailure, as often as `execution.retries` says."""
     limits = settings.execution
-    for attempt in range(limits.retries + 1):
+    for attempt in range(limits.retries):
         try:
-            return _build_once(home, run, settings, planned, listener)
+            return work()
         except TransientFailure as failure:
-            if attempt == limits.retries:
-                raise
             message = f"{failure}; again in {limits.retry_delay_seconds:g} s ({attempt + 1} of {limits.retries})"
-            run.note("retried", node=planned.node.name, reason=str(failure))
-            save_run(home, run)
-            listener(planned.node.name, {"event": "log", "message": message})
+            note(failure)
+            listener(name, {"event": "log", "message": message})
             time.sleep(limits.retry_delay_seconds)
-    raise AssertionError("unreachable")
+    return work()
 
 
 def _build_once(home: Home, run: Run, settings: Settings, planned: chain.Planned, listener: Listener) -> Artifact:

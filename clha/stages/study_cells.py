@@ -78,7 +78,7 @@ class Study:
     progress: CellProgress
 
     def cell(self, kind: str, what: dict[str, Any], make: Callable[[ArtifactWriter], dict[str, Any]]) -> Artifact:
-        """The finished artifact of a cell; `make` writes its files and returns facts, rows_in and rows_out too."""
+        """The finished artifact of a cell; `make` writes its files and returns facts, `rows` among them."""
         parts = {
             "kind": kind,
             "schema_version": SCHEMA_VERSION,

@@ -1,5 +1,6 @@
 """Settings of a training run, as transformers' TrainingArguments with what CLHA adds."""
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,6 +10,8 @@ from transformers import TrainingArguments
 
 from clha.errors import UserError
 from clha.training.objectives import LOSSES, REFERENCE_LOSSES
+
+_log = logging.getLogger(__name__)
 
 # What the numbers may be, in words and as a test, which NaN never passes.
 _Rule = tuple[str, Callable[[float], bool]]
@@ -145,7 +148,8 @@ class ClhaConfig(TrainingArguments):
         if self.fsdp and int(self.fsdp_config.get("version", 2)) != 2:  # type: ignore[union-attr, arg-type]
             raise ValueError("fsdp_config version 1 is not supported: use 2")
         if self.n_gpu > 1:
-            raise ValueError("several GPUs in one process are not supported: start one process per GPU with torchrun")
+            _log.warning("one process trains on one GPU; for all %d start as many with torchrun", self.n_gpu)
+            self._n_gpu = 1  # or the Trainer would wrap the model for torch's old DataParallel
 
     def objective_settings(self) -> dict[str, Any]:
         """The settings that `clha.training.objectives.objective` reads."""

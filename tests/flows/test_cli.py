@@ -185,9 +185,12 @@ def test_what_is_no_port_is_one_line_and_starts_no_server(
     assert files_below(home.root) == before
 
 
-def test_a_server_that_is_named_but_gone_is_one_line(command: Clha, on_pairs: tuple[str, ...]):
+def test_a_server_that_is_named_but_gone_is_one_line_and_begins_no_run(
+    command: Clha, home: Home, on_pairs: tuple[str, ...]
+):
     done = command("run", *on_pairs, "--only", "prepare", PREFECT_API_URL="http://127.0.0.1:9/api")
     assert "PREFECT_API_URL=http://127.0.0.1:9/api" in one_line(done)
+    assert not list(home.runs.iterdir())
 
 
 def test_bad_data_is_one_line_with_the_number_of_the_line(

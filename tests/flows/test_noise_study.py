@@ -105,6 +105,16 @@ def test_it_appears_in_prefect_with_its_tables(command: Clha, home: Home, on_pai
     assert "watch it at" in done.stdout and "Finding flipped labels" in done.stdout
 
 
+def test_a_second_study_of_a_run_at_the_same_time_is_refused_in_one_line(
+    command: Clha, home: Home, on_pairs: tuple[str, ...]
+):
+    with home.lock("study-s"):
+        done = command("noise-study", *on_pairs, "--no-prefect")
+    assert done.returncode == 2
+    assert done.stderr == ("error: the noise study of run s is in progress in another process; wait for it\n")
+    assert cells(home) == {}
+
+
 def test_an_interrupted_study_ends_its_child(command: Clha, home: Home, on_pairs: tuple[str, ...]):
     study = subprocess.Popen(
         clha_command("noise-study", *on_pairs, "--no-prefect"),

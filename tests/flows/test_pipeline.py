@@ -83,6 +83,7 @@ def test_a_flow_run_whose_process_died_is_set_to_crashed_and_one_at_work_is_not(
     from prefect.states import Running
 
     from flows import orphans
+    from flows.noise_study import noise_study
     from flows.prepare import prepare
 
     with get_client(sync_client=True) as client:
@@ -90,12 +91,16 @@ def test_a_flow_run_whose_process_died_is_set_to_crashed_and_one_at_work_is_not(
             run: client.create_flow_run(prepare, parameters={"run": run, "home": place}, state=Running(), name=run)
             for run, place in (("dead", str(home.root)), ("alive", str(home.root)), ("foreign", "/somewhere/else"))
         }
+        for name in ("dead study", "study"):
+            given = {"run": name.partition(" ")[0], "home": str(home.root)}
+            made[name] = client.create_flow_run(noise_study, parameters=given, state=Running(), name=name)
         assert orphans.bury(home) == [], "they have only just begun"
         monkeypatch.setattr(orphans, "_YOUNG", timedelta(0))
-        with home.lock("run-alive"):
-            assert orphans.bury(home) == ["dead"]
+        with home.lock("run-alive"), home.lock("study-study"):
+            assert sorted(orphans.bury(home)) == ["dead", "dead study"]
         states = {run: client.read_flow_run(flow_run.id).state_name for run, flow_run in made.items()}
-    assert states == {"dead": "Crashed", "alive": "Running", "foreign": "Running"}
+    alive = {"alive": "Running", "foreign": "Running", "study": "Running"}
+    assert states == {"dead": "Crashed", "dead study": "Crashed"} | alive
 
 
 def test_a_mistake_fails_the_flow_with_its_one_line(prefect_server: None, request_on_pairs: launch.Request):

@@ -1,6 +1,7 @@
 """What the terminal shows: plain lines off a TTY, one line per finished node, bars on a TTY."""
 
 import io
+import os
 from typing import Any
 
 import pytest
@@ -39,6 +40,15 @@ def test_without_a_tty_each_event_that_matters_is_a_line_and_progress_is_sparse(
         terminal.listen("train", {"event": "node", "state": "built", "key": "k", "manifest": MANIFEST})
     lines = stream.getvalue().splitlines()
     assert len(lines) == 3 and "started" in lines[0] and "resumed at step 5" in lines[1] and "built" in lines[2]
+
+
+def test_the_work_goes_on_where_nobody_reads_what_it_says():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        terminal = Terminal(stream)
+        terminal.say("one")
+        terminal.say("two")
 
 
 def test_on_a_tty_a_bar_follows_the_progress_and_ends_as_a_line(capsys: pytest.CaptureFixture[str]):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from training_cases import config, trainer
 
 
@@ -87,3 +88,12 @@ def test_what_changes_the_speed_of_workers_alone_reaches_the_loader(tmp_path: Pa
 def test_settings_can_be_written_down_and_read_again(tmp_path: Path):
     made = config(tmp_path, loss="dpo_robust", label_smoothing=0.1)
     assert type(made)(**made.to_dict()).to_dict() == made.to_dict()
+
+
+def test_a_process_that_sees_several_gpus_trains_on_one_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    made = config(tmp_path, use_cpu=False)
+    assert made.n_gpu == 1 and made.train_batch_size == made.per_device_train_batch_size
+    assert "one process trains on one GPU; for all 2 start as many with torchrun" in caplog.text
