@@ -243,7 +243,7 @@ class Execution(Group):
     retries: Annotated[int, Field(ge=0)] = execution(1)
     retry_delay_seconds: Annotated[float, Field(ge=0)] = execution(10)
     min_free_disk_gb: Annotated[float, Field(ge=0)] = execution(5)
-    threads: Positive | None = execution(None)  # CPU threads of a stage; null: all cores
+    threads: Positive | None = execution(None)  # CPU threads; null: OMP_NUM_THREADS, else all cores
 
 
 class NoiseStudy(Group):

@@ -23,6 +23,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DO_NOT_TRACK", "1")
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # each with its part of the cores, its children too
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(workers))))
 
 ROOT = Path(__file__).resolve().parents[1]
 

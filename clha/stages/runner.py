@@ -159,10 +159,11 @@ def run_module(
 
 def child_environment(settings: Settings) -> dict[str, str]:
     """The environment of a stage's process: telemetry off, no code from the Hub, threads as set."""
-    threads = str(settings.execution.threads or os.cpu_count() or 1)
+    own = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # a list is for nested regions
+    threads = settings.execution.threads or own or len(os.sched_getaffinity(0))
     return {
         **os.environ,
-        "OMP_NUM_THREADS": threads,
+        "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "VLLM_NO_USAGE_STATS": "1",

@@ -137,7 +137,7 @@ def _in_processes(work: "Work", job: Job) -> dict[str, Any]:
 
 
 def _environment(rank: int, count: int, rendezvous: Path) -> dict[str, str]:
-    threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+    threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
     return {
         **os.environ,
         "RANK": str(rank),
