@@ -28,13 +28,17 @@ def load_whole(auto: Any, folder: Path | str, what: str, remedy: str, *, new_hea
     return model
 
 
-def load_policy(folder: Path | str) -> Any:
-    """A causal language model in float32, all its weights from the files. Raises UserError as `load_whole`."""
+def load_policy(folder: Path | str, *, bf16: bool = False) -> Any:
+    """A causal language model in float32 (bfloat16 where nothing of it is trained), all its weights from the files.
+
+    Raises UserError as `load_whole`.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     remedy = "give a causal language model that was saved with all its weights"
-    return load_whole(AutoModelForCausalLM, folder, "policy", remedy, dtype=torch.float32)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    return load_whole(AutoModelForCausalLM, folder, "policy", remedy, dtype=dtype)
 
 
 def _in_head(model: Any, name: str) -> bool:

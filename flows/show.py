@@ -138,6 +138,9 @@ def doctor(place: Path, config: Path, profile: str | None, *, as_json: bool) -> 
         problems.append(
             f"disk: {free:.1f} GB free, {settings.execution.min_free_disk_gb:g} GB wanted (execution.min_free_disk_gb)"
         )
+    gpus = sum(device.startswith("cuda:") for device in found["devices"])
+    if settings is not None and settings.train.processes > gpus > 0:
+        problems.append(f"train.processes is {settings.train.processes}, but there are {gpus} GPUs")
     try:
         running = server.find_server(home)
     except UserError as error:

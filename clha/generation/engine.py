@@ -3,7 +3,8 @@
 import difflib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -81,16 +82,13 @@ class InProcessEngine:
         params.seed = request.seed
         if self._drained and not self._pending:
             self._engine.reset_prefix_cache()
-        self._engine.add_request(request.id, TokensPrompt(prompt_token_ids=request.token_ids), params)
+        with _worker_watched():
+            self._engine.add_request(request.id, TokensPrompt(prompt_token_ids=request.token_ids), params)
         self._pending += 1
 
     def poll(self) -> list[Result]:
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        try:
+        with _worker_watched():
             outputs = self._engine.step()
-        except EngineDeadError as error:
-            raise TransientFailure(f"vLLM's worker process died: {_last_line(error)}") from error
         results = []
         for output in outputs:
             if output.finished:
@@ -162,6 +160,17 @@ def engine_arguments(model: Path, settings: EngineSettings, sampling: Sampling, 
 def _sample(output: Any) -> Sample:
     ids = [int(i) for i in output.token_ids]
     return Sample(ids, [float(p) for p in output.logprobs.logprobs], str(output.finish_reason))
+
+
+@contextmanager
+def _worker_watched() -> Iterator[None]:
+    """A TransientFailure where vLLM's worker process is found dead."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as error:
+        raise TransientFailure(f"vLLM's worker process died: {_last_line(error)}") from error
 
 
 def _last_line(error: Exception) -> str:

@@ -15,6 +15,7 @@ from clha.loading import load_whole
 from clha.rewards.features import FrozenEncoder
 from clha.rewards.head import WEIGHTS, fitted_config, load_head
 from clha.rewards.interface import Done, InProcess, RewardScorer, Scored, one_member, torch_dtype
+from clha.rewards.precision import head_in_float32
 from clha.rewards.scoring import Padding, lengths_mask, padded, run_batches
 from clha.rewards.texts import Encoded, RewardInput, encode_all, text_encoder
 from clha.settings_rewards import RewardModel
@@ -73,6 +74,7 @@ class SequenceClassification(InProcess):
         outputs = int(self._model.config.num_labels)
         if outputs != 1:
             raise UserError(f"reward model {model}: has {outputs} outputs, a reward model has one")
+        head_in_float32(self._model)
         self._model.to(torch.device(device)).eval()
 
     def score(self, inputs: Sequence[RewardInput], progress: Done | None = None) -> Scored:
@@ -121,7 +123,9 @@ def classifier_logits(model: Any, ids: Sequence[Sequence[int]], pad_id: int) -> 
     left = getattr(model.config, "summary_type", None) == "last"
     device = next(model.parameters()).device
     batch, mask = padded(ids, pad, device, left=left), lengths_mask(ids, device, left=left)
-    logits: torch.Tensor = model(input_ids=batch, attention_mask=mask).logits
+    # A cache of keys and values would be kept for nothing.
+    options = {"use_cache": False} if getattr(model.config, "use_cache", None) else {}
+    logits: torch.Tensor = model(input_ids=batch, attention_mask=mask, **options).logits
     return logits
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from clha.errors import UserError
 from clha.rewards.interface import Done, InProcess, Scored, one_member, torch_dtype
+from clha.rewards.precision import float32_linear
 from clha.rewards.scoring import Padding, lengths_mask, padded, run_batches
 from clha.rewards.texts import (
     Encoded,
@@ -51,18 +52,18 @@ class GptNeoxRewardModel(nn.Module):
         """[B, T] token IDs and mask (padding on the right) -> [B] rewards."""
         states = self.gpt_neox(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state  # (B, T, D)
         if self.pooling == "mean":
-            weights = mask[..., None].to(states.dtype)
+            weights = mask[..., None].float()
             pooled = (states * weights).sum(dim=1) / weights.sum(dim=1)
         else:
             pooled = states[torch.arange(len(ids), device=ids.device), mask.sum(dim=1) - 1]
-        reward: Tensor = self.out_proj(pooled).squeeze(-1)
-        return reward
+        return float32_linear(self.out_proj, pooled).squeeze(-1)
 
 
 def load_gpt_neox(folder: Path, dtype: torch.dtype) -> GptNeoxRewardModel:
     """Read a model folder in the published layout. Raises UserError when it is none."""
     from safetensors.torch import load_file
     from transformers import GPTNeoXConfig
+    from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     pooling = settings.get("pooling", "last")
@@ -71,16 +72,21 @@ def load_gpt_neox(folder: Path, dtype: torch.dtype) -> GptNeoxRewardModel:
             f"reward model {folder}: is no gpt_neox_reward_model with pooling last or mean "
             f"(model_type {settings.get('model_type')}, pooling {pooling})"
         )
-    model = GptNeoxRewardModel(GPTNeoXConfig(**{k: v for k, v in settings.items() if k != "model_type"}), pooling)
+    config = GPTNeoXConfig(**{k: v for k, v in settings.items() if k != "model_type"})
+    with torch.device("meta"):  # no random weights beside those that are read
+        model = GptNeoxRewardModel(config, pooling)
     state: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         state |= load_file(file)
     state = {name: t for name, t in state.items() if not name.endswith(_COMPUTED)}
-    missing, unexpected = model.load_state_dict(state, strict=False)
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     if missing or unexpected:
         what = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}"
         raise UserError(f"reward model {folder}: its weights do not fit ({what}); gpt_neox.* and out_proj.* are needed")
-    return model.to(dtype)
+    model.to(dtype)
+    # Its frequencies are no weights: they are computed here, and in float32, or distant tokens would turn too far.
+    model.gpt_neox.rotary_emb = GPTNeoXRotaryEmbedding(config)
+    return model
 
 
 class PrompterText:

@@ -26,6 +26,7 @@ from clha.rewards.adapters import classifier_logits, classifier_rewards
 from clha.rewards.calibration import fit_temperature
 from clha.rewards.fitting import CurvePoint, assign_folds, curve_part, curve_places, wilson_interval
 from clha.rewards.head import OWN_CONFIG
+from clha.rewards.precision import head_in_float32
 from clha.rewards.report import cross_calibrated, judgement
 from clha.rewards.scoring import is_out_of_memory, length_batches, report_to
 from clha.rewards.texts import Encoded
@@ -221,6 +222,7 @@ def _with_adapter(encoder: Path, fit: RewardFit) -> Any:
             f"fit_reward: lora.target_modules is {named}, which does not fit {encoder.name} ({_first_line(error)}); "
             "give names of its linear layers, such as q_proj"
         ) from None
+    head_in_float32(adapted)
     if lora.gradient_checkpointing:
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()
@@ -287,7 +289,7 @@ def _backward(model: Any, texts: LabelledTexts, batch: NDArray[np.int64], pad_id
             weights = torch.tensor(texts.weights[batch[micro]], dtype=torch.float32, device=device)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 logits = classifier_logits(model, ids, pad_id)
-            loss = bradley_terry_loss(logits.float().reshape(-1, 2), weights)
+            loss = bradley_terry_loss(logits.reshape(-1, 2), weights)
             (loss / whole).backward()
             summed += float(loss.detach())
     except RuntimeError as error:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from clha.settings_rewards import RewardFit
     from clha.stages.work import Work
 
-CODE_VERSION = {"fit_reward": 5}
+CODE_VERSION = {"fit_reward": 6}
 
 
 @dataclass(frozen=True)

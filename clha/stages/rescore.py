@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from clha.settings_rewards import RewardModel
     from clha.stages.work import Work
 
-CODE_VERSION = {"score": 3, "weigh": 3}
+CODE_VERSION = {"score": 4, "weigh": 3}
 
 # Rewards are exact to 1e-5: a model whose rewards lie closer together than that says nothing.
 _CONSTANT = 1e-5

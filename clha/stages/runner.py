@@ -167,6 +167,8 @@ def child_environment(settings: Settings) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "VLLM_NO_USAGE_STATS": "1",
+        # Asking whether there is a GPU must not set up CUDA: vLLM forks its worker, where it could not be used then.
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         "DO_NOT_TRACK": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "PYTHONUNBUFFERED": "1",

@@ -14,7 +14,7 @@ from typing import Any
 from clha.errors import UserError
 from clha.process import child_main
 from clha.progress import Progress
-from clha.settings import Lora, Settings
+from clha.settings import Lora, Settings, Train
 
 RENDEZVOUS = "CLHA_RENDEZVOUS"  # the file through which the processes of a run find each other
 _OUTCOME = "outcome.json"
@@ -91,7 +91,8 @@ def train_policy(job: Job, progress: Progress) -> dict[str, Any]:
 
     transformers.utils.logging.set_verbosity_warning()
     logging.getLogger("clha.training").setLevel(logging.ERROR)  # the trainer's notes are told as progress
-    keep_freed_memory()
+    if not torch.cuda.is_available():  # where weights go to a GPU, their memory here would stay taken
+        keep_freed_memory()
     settings = Settings.model_validate(job.settings)
     own, folder = settings.train, Path(job.folder)
     train_set, dev_set = Preferences(Path(job.joined), "train"), Preferences(Path(job.joined), "dev")
@@ -101,7 +102,7 @@ def train_policy(job: Job, progress: Progress) -> dict[str, Any]:
         raise UserError("train: keep_best needs prompts of split dev, there are none; see prepare.splits and limits")
     transformers.set_seed(own.seed)  # a new adapter begins at random
     trainer = ClhaTrainer(
-        with_adapter(load_policy(job.policy), own.lora),
+        with_adapter(load_policy(job.policy, bf16=_frozen_in_bf16(own)), own.lora),
         _arguments(settings, job, evaluates=evaluates),
         train_dataset=train_set,
         eval_dataset=dev_set if len(dev_set) else None,
@@ -121,7 +122,7 @@ def train_policy(job: Job, progress: Progress) -> dict[str, Any]:
         trainer.evaluate()
     for note in trainer.notes[told:]:
         progress.log(note)
-    model = _whole_model(trainer, job, own.lora)
+    model = _whole_model(trainer, job, own)
     if trainer.is_fsdp_enabled:
         held = held_share(trainer.model_wrapped)
         progress.log(f"the weights were sharded over {own.processes} processes: this one held {held:.0%} of them")
@@ -169,7 +170,8 @@ def _arguments(settings: Settings, job: Job, *, evaluates: bool) -> Any:
     if s.processes > 1:
         more["ddp_backend"] = "nccl" if torch.cuda.is_available() else "gloo"
     if s.sharding == "full_shard":
-        more |= {"fsdp": True, "fsdp_config": {"version": 2}}
+        # Each process writes its own shards: gathered in the first, a checkpoint is a third larger and its memory full.
+        more |= {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}}
     # One micro-batch of all prompts has the denominators of the whole batch, in however many processes it is computed.
     whole = s.micro_batch_prompts in (None, s.batch_prompts)
     return ClhaConfig(
@@ -242,17 +244,31 @@ def with_adapter(model: Any, lora: Lora | None) -> Any:
         ) from None
 
 
-def _whole_model(trainer: Any, job: Job, lora: Lora | None) -> Any:
-    """The trained model in one piece; where it is sharded, all processes take part and the first gets it."""
-    if not trainer.is_fsdp_enabled:
-        return trainer.model
-    from clha.loading import load_policy
+def _frozen_in_bf16(settings: Train) -> bool:
+    """Whether the weights under an adapter are held as they are computed with, in half the memory.
 
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    Not where they are sharded: FSDP wants one dtype for what it gathers together.
+    """
+    return settings.lora is not None and settings.bf16 and settings.sharding == "none"
+
+
+def _whole_model(trainer: Any, job: Job, settings: Train) -> Any:
+    """The trained model in one piece and in float32, in the first process.
+
+    Where it is sharded, all processes take part.
+    """
+    sharded, rounded = trainer.is_fsdp_enabled, _frozen_in_bf16(settings)
+    if not sharded and not rounded:
+        return trainer.model
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else trainer.model.state_dict()
     if trainer.args.process_index != 0:
         return None
-    model = with_adapter(load_policy(job.policy), lora)
-    model.load_state_dict(state)
+    from clha.loading import load_policy
+
+    model = with_adapter(load_policy(job.policy), settings.lora)
+    if rounded:  # an adapter is merged into the weights as they were
+        state = {name: value for name, value in state.items() if "lora_" in name}
+    model.load_state_dict(state, strict=not rounded)
     return model
 
 

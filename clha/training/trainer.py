@@ -115,7 +115,9 @@ class ClhaTrainer(PromptedTrainer):
         model.train()
         total = torch.zeros((), device=self.args.device)
         for i, (batch, weight) in enumerate(batches):
-            with contextlib.nullcontext() if i == len(batches) - 1 else self.accelerator.no_sync(model):
+            # Shards have no room for whole gradients: theirs are added up over the processes each time.
+            waits = i < len(batches) - 1 and not self.is_fsdp_enabled
+            with self.accelerator.no_sync(model) if waits else contextlib.nullcontext():
                 parts, sums = self._objective(model, batch, over)
                 parts = {name: value * share for name, value in parts.items()}
                 loss = parts["total"] * (weight * self.args.world_size)  # data parallelism averages gradients
