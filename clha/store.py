@@ -209,9 +209,13 @@ class Home:
         finally:
             held.release()
 
-    def check_free_disk(self, gigabytes: float) -> None:
-        """Raises UserError when less than `gigabytes` (10**9 bytes) are free."""
-        free = shutil.disk_usage(self.root).free / 1e9
+    def check_free_disk(self, gigabytes: float, kind: str, key: str) -> None:
+        """Raises UserError when less than `gigabytes` (10**9 bytes) are free.
+
+        What an earlier attempt at the artifact left counts as free: the next one goes on from it.
+        """
+        left = sum(p.stat().st_size for p in (self.work / kind / key).rglob("*") if p.is_file())
+        free = (shutil.disk_usage(self.root).free + left) / 1e9
         if free < gigabytes:
             raise UserError(
                 f"{self.root}: {free:.1f} GB free, {gigabytes:g} GB wanted (execution.min_free_disk_gb); "

@@ -5,6 +5,7 @@ import shlex
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -82,7 +83,7 @@ def run(
     launch.announce_making(job.home, launch.model_references(job.settings), terminal.say)
     with launch.locked(job.home, job.name, _FOREVER if wait else 0):
         if wait:
-            job = launch.accept(request)  # who was waited for may have changed the settings that are taken from the run
+            job = launch.retaken(job)
         planned = launch.plan(job)
         fresh = not force and all(entry.state == "fresh" for entry in planned)
         if fresh:
@@ -347,7 +348,8 @@ def main() -> int:
 
 
 def _say_error(message: str, code: int) -> int:
-    sys.stderr.write(f"error: {message}\n")
+    with suppress(BrokenPipeError):
+        sys.stderr.write(f"error: {message}\n")
     return code
 
 

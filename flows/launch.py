@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,14 @@ def accept(request: Request) -> Job:
         raise UserError("train.lora.merge is false: an adapter alone cannot be evaluated; merge it, or use --only")
     home.create()
     return Job(request, home, name, profile, settings, stages)
+
+
+def retaken(job: Job) -> Job:
+    """The job after a wait for the run: what it takes from the run is as the run says now. Raises UserError."""
+    run = load_run(job.home, job.name)
+    if run is None or len(job.stages) == len(chain.STAGES):
+        return job
+    return replace(job, settings=_with_taken(job.settings, run, job.stages, job.request.overrides))
 
 
 def _with_taken(settings: Settings, run: Run, stages: Sequence[str], overrides: Sequence[str]) -> Settings:

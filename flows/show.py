@@ -140,7 +140,7 @@ def doctor(place: Path, config: Path, profile: str | None, *, as_json: bool) -> 
         )
     gpus = sum(device.startswith("cuda:") for device in found["devices"])
     if settings is not None and settings.train.processes > gpus > 0:
-        problems.append(f"train.processes is {settings.train.processes}, but there are {gpus} GPUs")
+        problems.append(f"train.processes is {settings.train.processes}, GPUs: {gpus}")
     try:
         running = server.find_server(home)
     except UserError as error:

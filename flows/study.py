@@ -102,12 +102,16 @@ def conduct(home: Home, name: str, overrides: Sequence[str], listener: runner.Li
         settings = study_settings(run, overrides)
         if home.find("prepare", run.nodes.get("prepare", "")) is None:
             with launch.locked(home, name):
+                run = existing_run(home, name)  # another process may have had the lock
                 runner.run_stage(home, run, launch.saved_settings(run), "prepare", listener)
-        listener(NAME, {"event": "node", "state": "started"})
-        sets = [word for override in overrides for word in ("--set", override)]
-        runner.retried(
-            settings,
-            lambda: runner.run_module(
+                settings = study_settings(run, overrides)
+        studied = (run.nodes["prepare"], settings)
+
+        def make_cells() -> None:
+            now = existing_run(home, name)
+            if (now.nodes.get("prepare"), study_settings(now, overrides)) != studied:
+                raise UserError(f"noise-study: run {name} was given other settings meanwhile; start the study again")
+            runner.run_module(
                 "clha.stages.noise_study",
                 ["--home", str(home.root), "--run", name, *sets],
                 name=NAME,
@@ -115,10 +119,11 @@ def conduct(home: Home, name: str, overrides: Sequence[str], listener: runner.Li
                 settings=settings,
                 minutes=settings.execution.timeout_minutes * count_cells(settings.noise_study),
                 listener=listener,
-            ),
-            NAME,
-            listener,
-        )
+            )
+
+        listener(NAME, {"event": "node", "state": "started"})
+        sets = [word for override in overrides for word in ("--set", override)]
+        runner.retried(settings, make_cells, NAME, listener)
         listener(NAME, {"event": "node", "state": "built"})
         return results(home, name)
 

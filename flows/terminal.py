@@ -1,5 +1,6 @@
 """What the terminal shows of a run: a bar per node on a TTY, plain lines elsewhere, one line per finished node."""
 
+import io
 import os
 import sys
 import time
@@ -59,8 +60,12 @@ class Terminal:
         table = Table(*grid.columns, title=grid.title, title_justify="left")
         for row in grid.rows:
             table.add_row(*row)
-        watched = self._stream.isatty()
-        Console(file=self._stream, width=None if watched else 200, highlight=False, markup=False).print(table)
+        if self._stream.isatty():
+            Console(file=self._stream, highlight=False, markup=False).print(table)
+        else:
+            text = io.StringIO()
+            Console(file=text, width=200, highlight=False, markup=False).print(table)
+            self.say(text.getvalue().rstrip("\n"))
 
     def listen(self, node: str, event: Event) -> None:
         """Show one event of a node (see clha.progress and clha.stages.runner)."""

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
@@ -164,7 +165,17 @@ def test_a_home_that_cannot_be_made_is_one_clear_line(tmp_path: Path):
 
 def test_too_little_disk_is_one_clear_line(home: Home):
     with pytest.raises(UserError, match="GB free"):
-        home.check_free_disk(1e9)
+        home.check_free_disk(1e9, "train", "k")
+
+
+def test_what_an_earlier_attempt_left_counts_as_free_disk(home: Home, monkeypatch: pytest.MonkeyPatch):
+    checkpoint = home.work / "train" / "k" / "scratch" / "checkpoint-1" / "weights"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(bytes(3000))
+    monkeypatch.setattr("clha.store.shutil.disk_usage", lambda place: SimpleNamespace(free=2000))
+    home.check_free_disk(5e-6, "train", "k")
+    with pytest.raises(UserError, match="GB free"):
+        home.check_free_disk(5e-6, "train", "another")
 
 
 def test_file_digests_are_remembered_until_the_file_changes(home: Home, tmp_path: Path):

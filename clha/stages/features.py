@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from clha.settings_rewards import RewardFit
 
 # Keys of fits and of study cells do not hold it: whoever raises it raises those of fit_reward and noise_* too.
-CODE_VERSION = {"features": 3}
+CODE_VERSION = {"features": 4}
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def build(home: Home, run: Run, settings: Settings, node: chain.Node, listener: 
         event = {"event": "node", "state": "reused", "key": planned.key, "manifest": planned.artifact.manifest}
         listener(node.name, event)
         return Built(node.name, planned.artifact, reused=True)
-    home.check_free_disk(settings.execution.min_free_disk_gb)
+    home.check_free_disk(settings.execution.min_free_disk_gb, node.kind, planned.key)
     run.note("started", node=node.name, key=planned.key)
     save_run(home, run)
     listener(node.name, {"event": "node", "state": "started", "key": planned.key})

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from clha.settings import NoiseStudy
     from clha.settings_rewards import RewardFit
 
-CODE_VERSION = {"noise_detection": 4, "noise_training": 5}
+CODE_VERSION = {"noise_detection": 5, "noise_training": 6}
 
 # Packages whose versions change a cell: features, heads and fits of the flip rate go into weights too.
 _PACKAGES = ("torch", "transformers", "numpy", "scipy")

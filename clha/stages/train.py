@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from clha.stages.work import Work
     from clha.store import Artifact
 
-CODE_VERSION = {"train": 6, "reference": 2}
+CODE_VERSION = {"train": 6, "reference": 3}
 
 
 def build(work: "Work") -> "Artifact":
@@ -47,7 +47,7 @@ def reference(work: "Work") -> "Artifact":
         if not writer.has_shard("reference", index):
             if model is None:
                 model = load_policy(work.models["policy"])
-                model.to(device).requires_grad_(False)  # autocast would keep a second copy of weights that do
+                model.to(device).requires_grad_(False)  # of weights that want gradients autocast keeps copies
                 abilities = policy.attach(model, settings.share_prompts)
                 layout = Layout(abilities.shares_prompts, device)
             prompts, numbers = unranked_prompts(table)

@@ -1,6 +1,6 @@
 """One process of a training run: the stage's own, or one of several, `python -m clha.stages.train_process JOB`.
 
-Of several, the first alone writes (model, metrics, checkpoints) and reports progress.
+Of several, the first alone writes model and metrics and reports progress; of sharded checkpoints each writes its part.
 """
 
 import json
@@ -115,6 +115,9 @@ def train_policy(job: Job, progress: Progress) -> dict[str, Any]:
     for note in trainer.notes:
         progress.log(note)
     told = len(trainer.notes)
+    gpus = torch.cuda.device_count()
+    if own.processes < gpus:
+        progress.log(f"training on {own.processes} of {gpus} GPUs (train.processes)")
     resumed = f" from {Path(job.resume).name}" if job.resume else ""
     progress.log(f"training on {len(train_set)} prompts{resumed}")
     trainer.train(resume_from_checkpoint=job.resume)

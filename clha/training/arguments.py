@@ -148,7 +148,10 @@ class ClhaConfig(TrainingArguments):
         if self.fsdp and int(self.fsdp_config.get("version", 2)) != 2:  # type: ignore[union-attr, arg-type]
             raise ValueError("fsdp_config version 1 is not supported: use 2")
         if self.n_gpu > 1:
-            _log.warning("one process trains on one GPU; for all %d start as many with torchrun", self.n_gpu)
+            _log.warning(
+                "one process trains on one of the %d GPUs; for all of them start as many processes with torchrun",
+                self.n_gpu,
+            )
             self._n_gpu = 1  # or the Trainer would wrap the model for torch's old DataParallel
 
     def objective_settings(self) -> dict[str, Any]:

@@ -101,6 +101,8 @@ class SavingTrainer(ProcessesTrainer):
         self._check_finite(largest, "a weight", self.state.global_step)
         if getattr(self.train_dataset, "conversational", False):
             stop_at_turn_end(model, self._tokenizer)
+        # Shards are written later, and transformers takes a new best for one that it did not save without its folder.
+        Path(output_dir or self.args.output_dir or ".").mkdir(parents=True, exist_ok=True)
         super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

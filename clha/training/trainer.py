@@ -113,9 +113,12 @@ class ClhaTrainer(PromptedTrainer):
             with self._pace.paused():
                 self._check_generator(model, batches[0][0])
         model.train()
+        if self.is_fsdp_enabled:
+            # Shards have no room for whole gradients: theirs are added up over the processes each time, in the steps
+            # too for which the Trainer puts that off.
+            model.set_requires_gradient_sync(True)
         total = torch.zeros((), device=self.args.device)
         for i, (batch, weight) in enumerate(batches):
-            # Shards have no room for whole gradients: theirs are added up over the processes each time.
             waits = i < len(batches) - 1 and not self.is_fsdp_enabled
             with self.accelerator.no_sync(model) if waits else contextlib.nullcontext():
                 parts, sums = self._objective(model, batch, over)

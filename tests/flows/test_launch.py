@@ -192,3 +192,12 @@ def test_the_verdict_says_what_the_interval_allows(interval: list[float], said: 
     figures, sentence = launch.outcome(metrics)
     assert "held-out reward 0.25 before, 0.50 after, gain +0.25" in figures
     assert said in sentence and "96 prompts" in sentence
+
+
+def test_after_a_wait_a_job_takes_what_the_run_says_by_then(prepared: launch.Job, request_on_pairs: Request):
+    job = launch.accept(replace(request_on_pairs, only="fit_reward"))
+    other = launch.accept(replace(request_on_pairs, overrides=(*request_on_pairs.overrides, "generate.seed=77")))
+    launch.begin(other)
+    assert job.settings.generate.seed != 77
+    assert launch.retaken(job).settings.generate.seed == 77
+    assert launch.retaken(prepared) is prepared, "it builds everything itself"

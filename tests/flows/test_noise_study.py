@@ -91,6 +91,25 @@ def test_a_killed_study_goes_on_with_the_cells_that_are_missing(command: Clha, h
 
 
 @pytest.mark.slow
+def test_a_study_whose_process_is_killed_is_tried_again(command: Clha, home: Home, on_pairs: tuple[str, ...]):
+    retries = ("--set", "execution.retries=1", "--set", "execution.retry_delay_seconds=0")
+    arguments = ("noise-study", *on_pairs, *retries, "--weights", "none,oracle", "--no-prefect")
+    study = subprocess.Popen(
+        clha_command(*arguments), cwd=ROOT, env=environment(home.root), stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 200
+    while not cells(home):
+        assert study.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    for child in psutil.Process(study.pid).children():
+        if "clha.stages.noise_study" in child.cmdline():
+            child.kill()
+    said, _ = study.communicate(timeout=300)
+    assert study.returncode == 0 and "killed by signal 9" in said and "again in 0 s (1 of 1)" in said
+    assert len(cells(home)) == 4
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("home_with_database")
 def test_it_appears_in_prefect_with_its_tables(command: Clha, home: Home, on_pairs: tuple[str, ...]):
     done = command("noise-study", *on_pairs, "--weights", "")

@@ -32,7 +32,7 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "data.jsonl"
 
 
-def settings_of(data: Path, **execution: float) -> Settings:
+def settings_of(data: Path, **execution: float | None) -> Settings:
     judge = {"reward": {"type": "sequence_classification", "model": "nowhere"}}
     splits = {"train": 0.5, "dev": 0.1, "test": 0.4, "reward_train": 0, "reward_eval": 0}
     tree = {
@@ -260,3 +260,17 @@ def test_the_traceback_of_a_defect_is_in_the_log_and_only_there(run_work: Callab
         run_work("dict()['key']")
     assert "Traceback" not in str(caught.value)
     assert "Traceback" in (tmp_path / "small.log").read_text() and "KeyError" in (tmp_path / "small.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("setting", "variable", "threads"),
+    [(3, "5", "3"), (None, "5", "5"), (None, "5,2", "5"), (None, "", "4"), (None, None, "4")],
+)
+def test_a_stage_has_the_threads_that_are_set_or_those_that_its_surroundings_allow(
+    monkeypatch: pytest.MonkeyPatch, data: Path, setting: int | None, variable: str | None, threads: str
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    assert runner.child_environment(settings_of(data, threads=setting))["OMP_NUM_THREADS"] == threads

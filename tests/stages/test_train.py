@@ -11,6 +11,7 @@ from train_cases import PROMPTS, distance, tables, work
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from clha.errors import StageFailure, UserError
+from clha.loading import load_policy
 from clha.schema import WEIGHTS
 from clha.stages import train
 from clha.store import Home
@@ -84,13 +85,24 @@ def base_and_trained(tiny_model: Path, trained: Any) -> tuple[torch.Tensor, torc
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["", "bf16"])
-def test_an_adapter_is_merged_into_a_model_that_loads_as_any_other(home: Home, tiny_model: Path, bf16: bool):
+def test_an_adapter_is_merged_into_a_model_that_loads_as_any_other(
+    home: Home, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, bf16: bool
+):
     """In bfloat16 the weights under the adapter are rounded while it is trained, and are not where it is merged."""
     inputs = tables(home, AutoTokenizer.from_pretrained(tiny_model))
     lora = {"rank": 4, "target_modules": ["q_proj", "down_proj"]}
     tolerance = {"logprob_tolerance": 1.0} if bf16 else {}
     made = work(home, tiny_model, inputs, lora=lora, learning_rate=1e-2, bf16=bf16, **tolerance)
+    loaded: list[torch.dtype] = []
+
+    def load(*args: Any, **options: Any) -> Any:
+        model = load_policy(*args, **options)
+        loaded.append(model.dtype)
+        return model
+
+    monkeypatch.setattr("clha.loading.load_policy", load)
     model = train.build(made).folder / "model"
+    assert loaded == ([torch.bfloat16, torch.float32] if bf16 else [torch.float32])
     assert not list(model.glob("adapter*"))
     before, after = base_and_trained(tiny_model, AutoModelForCausalLM.from_pretrained(model))
     assert not torch.allclose(before, after, atol=1e-3)

@@ -141,6 +141,20 @@ def test_sharded_with_gradient_checkpointing_the_best_weights_are_kept_as_in_one
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["", "lora"])
+def test_sharded_weights_whose_last_evaluation_is_the_best_are_those_of_the_end(
+    home: Home, tiny_model: Path, tmp_path: Path, lora: dict[str, int] | None
+):
+    inputs = tables(home, AutoTokenizer.from_pretrained(tiny_model), dev=4)
+    changes = {"eval_steps": 1000, "keep_best": True, "epochs": 1.0, "lora": lora}
+    one = train.build(work(Home(tmp_path / "one").create(), tiny_model, inputs, **changes))
+    two = train.build(work(home, tiny_model, inputs, **changes, processes=2, sharding="full_shard"))
+    for made in (one, two):
+        assert made.manifest["notes"][-1] == f"kept the weights of checkpoint-{made.manifest['steps']}"
+    assert distance(two, one) < 1e-5
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 def test_compiled_blocks_train_as_they_are_sharded_too(home: Home, tiny_model: Path, tmp_path: Path):
     inputs = tables(home, AutoTokenizer.from_pretrained(tiny_model))

@@ -96,4 +96,4 @@ def test_a_process_that_sees_several_gpus_trains_on_one_and_says_so(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     made = config(tmp_path, use_cpu=False)
     assert made.n_gpu == 1 and made.train_batch_size == made.per_device_train_batch_size
-    assert "one process trains on one GPU; for all 2 start as many with torchrun" in caplog.text
+    assert "one process trains on one of the 2 GPUs" in caplog.text
