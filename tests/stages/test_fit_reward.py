@@ -16,6 +16,7 @@ from clha.rewards.head import load_head
 from clha.rewards.texts import RewardInput
 from clha.settings import Settings
 from clha.stages import fit_reward
+from clha.stages.features import CODE_VERSION
 from clha.store import Artifact, Home
 
 
@@ -165,7 +166,7 @@ def test_features_are_an_artifact_with_a_whole_manifest(home: Home, tiny_model: 
     assert made is not None and made.damage(deep=True) is None
     assert [f["rows"] for f in made.manifest["files"]] == [32, 32, 16]
     assert (made.manifest["rows_in"], made.manifest["rows_out"], made.manifest["rows_quarantined"]) == (80, 80, 0)
-    assert made.manifest["inputs"].keys() == {"prepare"} and made.manifest["code_version"] == 3
+    assert made.manifest["inputs"].keys() == {"prepare"} and made.manifest["code_version"] == CODE_VERSION["features"]
     assert made.manifest["settings"] == {"layer": 1, "pooling": "response_mean", "max_tokens": 256, "shard_size": 32}
     assert 0 <= made.manifest["padding_fraction"] < 1
 
