@@ -1,5 +1,6 @@
 """What a trainer needs to be one of several processes: sums over all of them, and weights that they share."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -49,6 +50,16 @@ class ProcessesTrainer(Trainer):
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
         """bfloat16 where `bf16` asks for it: accelerate sees to it only in a model that training has prepared."""
         return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16)
+
+    def _summing(self, model: Any, last: bool) -> AbstractContextManager[None]:
+        """Gradients are added up over the processes in the backward pass of the last micro-batch.
+
+        Those of shards in each: there is no room for whole ones, in the steps either for which Trainer puts it off.
+        """
+        if self.is_fsdp_enabled:
+            model.set_requires_gradient_sync(True)
+        waits = not last and not self.is_fsdp_enabled
+        return self.accelerator.no_sync(model) if waits else nullcontext()
 
     def _summed(self, values: Tensor) -> Tensor:
         """Sum a tensor over all processes."""

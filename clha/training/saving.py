@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi
 from torch import Tensor
 from transformers import EarlyStoppingCallback
@@ -88,6 +89,12 @@ class SavingTrainer(ProcessesTrainer):
     def _check_finite(self, value: Tensor, what: str, step: int) -> None:
         folder = Path(self.args.output_dir or ".")
         checks.check_finite(float(value.detach()), what, step, self._prompt_ids, folder)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        value = torch.as_tensor(0.0 if norm is None else norm)
+        self._check_finite(value, "the gradient norm", self.state.global_step + 1)
+        return norm
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As any Trainer's; where messages were trained on, generation stops at the end of a turn too.

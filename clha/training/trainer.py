@@ -113,14 +113,9 @@ class ClhaTrainer(PromptedTrainer):
             with self._pace.paused():
                 self._check_generator(model, batches[0][0])
         model.train()
-        if self.is_fsdp_enabled:
-            # Shards have no room for whole gradients: theirs are added up over the processes each time, in the steps
-            # too for which the Trainer puts that off.
-            model.set_requires_gradient_sync(True)
         total = torch.zeros((), device=self.args.device)
         for i, (batch, weight) in enumerate(batches):
-            waits = i < len(batches) - 1 and not self.is_fsdp_enabled
-            with self.accelerator.no_sync(model) if waits else contextlib.nullcontext():
+            with self._summing(model, last=i == len(batches) - 1):
                 parts, sums = self._objective(model, batch, over)
                 parts = {name: value * share for name, value in parts.items()}
                 loss = parts["total"] * (weight * self.args.world_size)  # data parallelism averages gradients
@@ -149,12 +144,6 @@ class ClhaTrainer(PromptedTrainer):
                 logps = policy.response_logps(model, batch).cpu()
             known = torch.full_like(logps, torch.nan) if known is None else known.cpu()
             self.notes.append(checks.check_generator_logps(logps, known, self.args.logprob_tolerance))
-
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        value = torch.as_tensor(0.0 if norm is None else norm)
-        self._check_finite(value, "the gradient norm", self.state.global_step + 1)
-        return norm
 
     @torch.no_grad()
     def evaluation_loop(self, dataloader: Any, description: str, *_: Any, **kwargs: Any) -> EvalLoopOutput:
