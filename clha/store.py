@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -214,7 +214,11 @@ class Home:
 
         What an earlier attempt at the artifact left counts as free: the next one goes on from it.
         """
-        left = sum(p.stat().st_size for p in (self.work / kind / key).rglob("*") if p.is_file())
+        left = 0
+        for folder, _, names in os.walk(self.work / kind / key):
+            for name in names:
+                with suppress(FileNotFoundError):  # another run may be at work on the same artifact
+                    left += os.stat(os.path.join(folder, name)).st_size
         free = (shutil.disk_usage(self.root).free + left) / 1e9
         if free < gigabytes:
             raise UserError(

@@ -106,6 +106,7 @@ def conduct(home: Home, name: str, overrides: Sequence[str], listener: runner.Li
                 runner.run_stage(home, run, launch.saved_settings(run), "prepare", listener)
                 settings = study_settings(run, overrides)
         studied = (run.nodes["prepare"], settings)
+        sets = [word for override in overrides for word in ("--set", override)]
 
         def make_cells() -> None:
             now = existing_run(home, name)
@@ -122,7 +123,6 @@ def conduct(home: Home, name: str, overrides: Sequence[str], listener: runner.Li
             )
 
         listener(NAME, {"event": "node", "state": "started"})
-        sets = [word for override in overrides for word in ("--set", override)]
         runner.retried(settings, make_cells, NAME, listener)
         listener(NAME, {"event": "node", "state": "built"})
         return results(home, name)
